@@ -1,0 +1,130 @@
+"""The one config mechanism: frozen pydantic models, JSON on disk, ``--set a.b=c`` on the command line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from picture3d.errors import ConfigError
+
+
+class FrozenConfig(BaseModel):
+    """Base of every config: values cannot change after construction and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    def with_overrides(self, assignments: Iterable[str]) -> Self:
+        """A copy with ``"a.b=c"`` assignments applied; values are read as JSON, and as plain text where they are not JSON.
+
+        Raises:
+            ConfigError: for an assignment without ``=``, an unknown key (the nearest key is named) or an invalid value.
+        """
+        tree = self.model_dump(mode="json")
+        for assignment in assignments:
+            dotted, equals, text = assignment.partition("=")
+            if not equals:
+                raise ConfigError(f"--set {assignment}: expected key=value, for example --set training.batch_size=4")
+            _assign(tree, dotted.strip(), _parse(text), known=sorted(_leaf_paths(self.model_dump(mode="json"))))
+        return type(self).from_tree(tree)
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any], *, source: str = "config") -> Self:
+        """Validates a plain tree, as read from JSON.
+
+        Raises:
+            ConfigError: naming every wrong key by its dotted path.
+        """
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError(_explain(cls, error, source)) from None
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a config saved by :meth:`save`."""
+        return cls.from_tree(read_config_tree(path), source=str(path))
+
+    def save(self, path: Path) -> None:
+        """Writes the whole resolved config as JSON."""
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+
+
+def read_config_tree(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`, not yet validated.
+
+    Raises:
+        ConfigError: if the file is missing or is not a JSON object.
+    """
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a JSON config file ({error})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config file holds one JSON object, found {type(tree).__name__}")
+    return tree
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, or None if nothing is alike."""
+    known = list(known)
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    if found:
+        return found[0]
+    by_leaf = {key.rsplit(".", 1)[-1]: key for key in known}
+    leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.6)
+    return by_leaf[leaf[0]] if leaf else None
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _leaf_paths(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        yield path
+        if isinstance(value, dict):
+            yield from _leaf_paths(value, path + ".")
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any, known: list[str]) -> None:
+    *parents, leaf = dotted.split(".")
+    node: Any = tree
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or leaf not in node:
+        guess = nearest(dotted, known)
+        hint = f" Did you mean '{guess}'?" if guess else f" Known keys: {', '.join(known[:12])}, ..."
+        raise ConfigError(f"unknown key '{dotted}'.{hint}")
+    node[leaf] = value
+
+
+def _explain(cls: type[BaseModel], error: ValidationError, source: str) -> str:
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"]) or "(whole)"
+        if item["type"] == "extra_forbidden":
+            guess = nearest(str(item["loc"][-1]), _field_names(cls))
+            lines.append(f"unknown key '{path}'." + (f" Did you mean '{guess}'?" if guess else ""))
+        else:
+            lines.append(f"{path}: {item['msg']} (got {item.get('input')!r})")
+    return f"{source}: " + "; ".join(lines)
+
+
+def _field_names(cls: type[BaseModel]) -> set[str]:
+    names: set[str] = set()
+    for name, field in cls.model_fields.items():
+        names.add(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names |= _field_names(field.annotation)
+    return names

@@ -1,0 +1,21 @@
+"""The errors a user can meet. Each message says what is wrong, where (file, frame, key) and how to mend it."""
+
+
+class Picture3dError(Exception):
+    """Base of every error this package raises on purpose; the command line prints it in one line and exits with 2."""
+
+
+class DataError(Picture3dError):
+    """A raw or prepared file is missing, damaged, or not what its name says."""
+
+
+class ConfigError(Picture3dError):
+    """A setting is unknown, of the wrong type, or contradicts another."""
+
+
+class CheckpointError(Picture3dError):
+    """A checkpoint is damaged, or does not fit the network it is loaded into."""
+
+
+class TrainingError(Picture3dError):
+    """A run cannot go on, for example because a loss is not finite."""
