@@ -1,0 +1,320 @@
+"""The command line. Every command is a thin shell around one function in `picture3d.commands`, imported when it is called."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from picture3d.errors import Picture3dError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="From raw LiDAR logs to a pre-trained encoder (PICTURE), and from the encoder to fine-tuned, scored networks.",
+    epilog="Start with: picture3d demo",
+)
+prepare_app = typer.Typer(no_args_is_help=True, help="Turn raw logs into prepared frames: one checksummed file per log.")
+finetune_app = typer.Typer(no_args_is_help=True, help="Train a task network from an encoder, or from scratch.")
+app.add_typer(prepare_app, name="prepare")
+app.add_typer(finetune_app, name="finetune")
+
+
+class TeacherName(StrEnum):
+    """The teachers that come with the package."""
+
+    TOWN = "town"
+    MINKUNET = "minkunet"
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, for example training.batch_size=4. Repeatable."),
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="Start from a saved config.json instead of a recipe.")]
+RunFolderOption = Annotated[Path, typer.Option("--out", help="Run folder: config, metrics, checkpoints, summary.")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of prepared frames.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses every core.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")]
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder to write the raw dataset into.")],
+    scenes: Annotated[int, typer.Option(min=1, help="Scenes; each drives through a town of its own.")] = 10,
+    keyframes: Annotated[int, typer.Option(min=1, help="Keyframes per scene, at 2 Hz.")] = 40,
+    sweeps_per_keyframe: Annotated[int, typer.Option(min=0, max=9, help="Sweeps kept between two keyframes.")] = 9,
+    val_scenes: Annotated[int, typer.Option(min=0, help="How many of the last scenes form the validation split.")] = 2,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same bytes.")] = 0,
+    version: Annotated[str, typer.Option(help="Name of the table folder.")] = "v1.0-mini",
+    processes: Annotated[int, typer.Option(min=1, help="Scenes written side by side; the bytes do not depend on it.")] = 1,
+) -> None:
+    """Write a raw nuScenes v1.0 dataset of a procedural town, seen by a simulated 32-beam LiDAR."""
+    from picture3d.commands.data import synth as command
+
+    _show(
+        command(
+            out,
+            scenes=scenes,
+            keyframes=keyframes,
+            sweeps_per_keyframe=sweeps_per_keyframe,
+            val_scenes=val_scenes,
+            seed=seed,
+            version=version,
+            processes=processes,
+        )
+    )
+
+
+@prepare_app.command("nuscenes")
+def prepare_nuscenes(
+    raw: Annotated[Path, typer.Argument(help="Raw nuScenes root: samples/, sweeps/, v1.0-*/, lidarseg/.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the prepared frames.")],
+    version: Annotated[str, typer.Option(help="Table folder: v1.0-mini, v1.0-trainval, v1.0-test.")] = "v1.0-mini",
+    sweeps: Annotated[int, typer.Option(min=0, help="Earlier sweeps linked to each keyframe.")] = 9,
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out sweeps that are not on disk.")] = False,
+) -> None:
+    """Prepare raw nuScenes tables and sweeps: points, poses, boxes with velocity, lidarseg labels."""
+    from picture3d.commands.data import prepare_nuscenes as command
+
+    _show(command(raw, out, version=version, sweeps=sweeps, skip_missing=skip_missing))
+
+
+@prepare_app.command("points")
+def prepare_points(
+    folder: Annotated[Path, typer.Argument(help="Sweeps in name order (.bin .pcd .npy .ply), or one sub-folder per log.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the prepared frames.")],
+    layout: Annotated[
+        str, typer.Option(help="Columns of .bin and .npy files, '-' skips one: x,y,z,intensity,ring.")
+    ] = "x,y,z,intensity",
+    intensity: Annotated[str, typer.Option(help="Unit of the intensity column: 0-255, 0-1, tanh, unknown.")] = "unknown",
+    labels: Annotated[Path | None, typer.Option(help="Folder with one label file per sweep (.npy .label .bin .txt).")] = None,
+    label_set: Annotated[str | None, typer.Option(help="What the labels mean: nuscenes-32, nuscenes-16.")] = None,
+    poses: Annotated[Path | None, typer.Option(help="Text file, 12 numbers a line: global_from_lidar, row by row.")] = None,
+    val: Annotated[int, typer.Option(min=0, help="How many of the last sweeps (or logs) form the validation split.")] = 0,
+    name: Annotated[str, typer.Option(help="Name of the dataset.")] = "points",
+) -> None:
+    """Prepare a folder of your own sweeps. Labels and poses are optional: pre-training needs neither."""
+    from picture3d.commands.data import prepare_points as command
+
+    _show(
+        command(
+            folder,
+            out,
+            layout=layout,
+            intensity=intensity,
+            labels=labels,
+            label_set=label_set,
+            poses=poses,
+            val=val,
+            name=name,
+        )
+    )
+
+
+@app.command()
+def targets(
+    prepared: Annotated[Path, typer.Argument(help="Folder of prepared frames.")],
+    teacher: Annotated[TeacherName, typer.Option(help="Which teacher looks at the sweeps.")] = TeacherName.TOWN,
+    weights: Annotated[Path | None, typer.Option(help="Checkpoint of the minkunet teacher (Seal or SLidR layout).")] = None,
+    superclasses: Annotated[int, typer.Option(min=1, max=255, help="Superclasses per sweep (k of k-means).")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Run a teacher over the keyframes and store its features and superclasses beside them."""
+    from picture3d.commands.data import targets as command
+
+    _show(
+        command(
+            prepared,
+            teacher=teacher.value,
+            weights=weights,
+            superclasses=superclasses,
+            seed=seed,
+            device=device,
+            threads=threads,
+        )
+    )
+
+
+@app.command()
+def pretrain(
+    out: RunFolderOption,
+    data: DataOption = None,
+    recipe: Annotated[str, typer.Option(help="Which recipe to run; `picture3d recipes` lists them.")] = "town-picture",
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    resume: Resume = False,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps (the schedule is shortened).")] = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Pre-train an encoder with PICTURE: hide voxels, rebuild their points and the teacher's features.
+
+    No label and no box is ever read. Coordinates only: --set loss.features_weight=0. Features only:
+    --set loss.coordinates_weight=0.
+    """
+    from picture3d.commands.train import pretrain as command
+
+    _show(
+        command(
+            out,
+            data=data,
+            recipe=recipe,
+            config=config,
+            overrides=set_ or [],
+            resume=resume,
+            max_steps=max_steps,
+            device=device,
+            threads=threads,
+        )
+    )
+
+
+@finetune_app.command("segmentation")
+def finetune_segmentation(
+    out: RunFolderOption,
+    data: DataOption = None,
+    recipe: Annotated[str, typer.Option(help="Which recipe to run; `picture3d recipes` lists them.")] = "town-segmentation",
+    encoder: Annotated[
+        Path | None, typer.Option(help="Run folder or checkpoint of a pre-training; left out: from scratch.")
+    ] = None,
+    label_share: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of the labelled scenes to train on.")
+    ] = None,
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept an encoder that fits only in part.")] = False,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    resume: Resume = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Train LiDAR semantic segmentation on labelled keyframes."""
+    from picture3d.commands.train import finetune_segmentation as command
+
+    _show(
+        command(
+            out,
+            data=data,
+            recipe=recipe,
+            encoder=encoder,
+            label_share=label_share,
+            allow_partial=allow_partial,
+            config=config,
+            overrides=set_ or [],
+            resume=resume,
+            device=device,
+            threads=threads,
+        )
+    )
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder of a fine-tuning.")],
+    data: DataOption = None,
+    split: Annotated[str, typer.Option(help="Which split to score.")] = "val",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Score a fine-tuned network: IoU per class and mIoU."""
+    from picture3d.commands.score import evaluate as command
+
+    _show(command(run, data=data, split=split, as_json=as_json, device=device, threads=threads))
+
+
+@app.command()
+def probe(
+    run: Annotated[Path, typer.Argument(help="Run folder of a pre-training or fine-tuning.")],
+    data: DataOption = None,
+    label_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the labelled scenes to train on.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampled voxels.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Train a linear classifier on the frozen encoder's features and score it."""
+    from picture3d.commands.score import probe as command
+
+    _show(command(run, data=data, label_share=label_share, seed=seed, as_json=as_json, device=device, threads=threads))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds run folders (as `demo` leaves it).")],
+    data: DataOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The page; default FOLDER/report.html.")] = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Write one self-contained page: what was run, curves, scores and pictures."""
+    from picture3d.commands.report import report as command
+
+    _show(command(folder, data=data, out=out, device=device, threads=threads))
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe's whole config as JSON.")] = None,
+) -> None:
+    """List the recipes, or print one."""
+    from picture3d.commands.train import describe_recipes as command
+
+    _show(command(name))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the demo; a second run goes on from what is finished.")] = Path(
+        "demo"
+    ),
+    tiny: Annotated[bool, typer.Option("--tiny", help="The same steps on a handful of frames, in under a minute.")] = False,
+    threads: Threads = 0,
+) -> None:
+    """See the whole of PICTURE work on a built-in town: data, teacher, pre-training, fine-tuning, scores, report."""
+    from picture3d.commands.demo import demo as command
+
+    _show(command(out, tiny=tiny, threads=threads))
+
+
+def _show(text: str) -> None:
+    typer.echo(text)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from picture3d import __version__
+
+        typer.echo(f"picture3d {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: our own errors become one line on standard error and exit status 2; Ctrl-C becomes status 130."""
+    try:
+        app()
+    except Picture3dError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from what is finished (training: add --resume)", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
