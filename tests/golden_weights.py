@@ -1,4 +1,4 @@
-"""The closed-form weights and inputs of the reference numbers under `golden/openpcdet`: nothing is stored, all is drawn by name."""
+"""Closed-form weights and inputs of the reference numbers under `golden/openpcdet`: nothing is stored, all is drawn by name."""
 
 from __future__ import annotations
 
