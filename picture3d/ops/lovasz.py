@@ -10,7 +10,7 @@ def lovasz_softmax(logits: Tensor, labels: Tensor, *, ignored: int | None = 0) -
     """Lovasz-softmax over the classes that occur in `labels`, all rows together.
 
     Rows whose label is ignored are removed first. For each class c that occurs, the errors ``|[label = c] - p(c)|`` are
-    sorted in descending order and weighed by the discrete gradient of the Jaccard loss; the result is the mean of those classes.
+    sorted in descending order and weighed by the discrete gradient of the Jaccard loss; the mean over classes is returned.
 
     Args:
         logits: (N, C) float, before the softmax; computed in float32 at least.
