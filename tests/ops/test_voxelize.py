@@ -18,7 +18,7 @@ def random_points(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor
 def test_every_point_falls_into_the_cell_numpy_says():
     xyz, sample = random_points(2000)
     found = assign_voxels(xyz, sample, 3, GRID)
-    low, size = np.float32(GRID.range_min), np.float32(GRID.voxel_size)
+    low, size = np.array(GRID.range_min, np.float32), np.array(GRID.voxel_size, np.float32)
     cell = np.floor((xyz.numpy() - low) / size).astype(int)
     inside = ((cell >= 0) & (cell < GRID.shape)).all(1)
     assert 0.3 < inside.mean() < 0.9

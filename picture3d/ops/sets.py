@@ -1,0 +1,197 @@
+"""Windows over sparse voxels, and their partition into sets of bounded size ("rotated sets").
+
+A window of n voxels is cut into ``ceil(n / set_size)`` sets of nearly equal length. A set is a run of neighbours in a
+sorted order, so a permutation and the boundaries of its runs describe the whole partition; everything else is derived:
+:func:`padded_sets` is the published form, :func:`set_buckets` the layout that wastes few slots.
+
+Source: "DSVT: Dynamic Sparse Voxel Transformer with Rotated Sets", CVPR 2023, section 3.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Triple = tuple[int, int, int]
+
+Y_FIRST, X_FIRST = 0, 1  # the two orders inside a window: (y, x, z) and (x, y, z)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Windows:
+    """The window of every voxel, and its place in it. Windows never span two samples."""
+
+    window: Tensor  # (N,) int64: ((batch * nx + ix) * ny + iy) * nz + iz
+    position: Tensor  # (N, 3) int64: x, y, z inside the window, in cells
+    size: Triple  # cells of a window along x, y, z
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SetPartition:
+    """Voxels in sets: set s holds the voxels ``order[axis, set_start[s] : set_start[s + 1]]``."""
+
+    order: Tensor  # (2, N) int64: voxel rows, window by window; row 0 y-first, row 1 x-first inside a window
+    set_start: Tensor  # (S + 1,) int64: where each set begins, and N; the same for both orders; no set is empty
+    set_size: int  # most voxels a set may hold
+
+    @property
+    def num_sets(self) -> int:
+        """Number of sets, S."""
+        return self.set_start.shape[0] - 1
+
+    @property
+    def num_voxels(self) -> int:
+        """Number of voxels, N."""
+        return self.order.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PaddedSets:
+    """The published form: every set has `set_size` slots, and its voxels are repeated evenly to fill them."""
+
+    voxel: Tensor  # (2, S, set_size) int64: voxel row in each slot; index 0 y-first, 1 x-first
+    repeated: Tensor  # (2, S, set_size) bool: the slot holds the same voxel as the one before it in its set
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SetBuckets:
+    """The same sets in a few blocks of equal length, short to long; every voxel has exactly one slot that counts.
+
+    A block of `sets` times `length` slots is a run of `voxel_of_slot`; the blocks follow each other. The slots left over
+    at the end of a short set hold its last voxel again and are called spare.
+    """
+
+    voxel_of_slot: Tensor  # (2, T) int64: index 0 y-first, 1 x-first
+    slot_of_voxel: Tensor  # (2, N) int64: the slot that counts
+    spare: Tensor  # (T,) bool, the same for both orders
+    blocks: tuple[tuple[int, int, bool], ...]  # (sets, length, whether any of its slots is spare)
+
+
+def window_partition(coords: Tensor, grid_shape: Triple, window: Triple, offset: Triple) -> Windows:
+    """Finds the window of every voxel. The offset is added to the cell index; it is dropped along z if a window spans the grid.
+
+    Args:
+        coords: (N, 4) int: batch, x, y, z.
+        grid_shape: cells of the grid along x, y, z.
+        window: cells of a window along x, y, z.
+        offset: cells by which the voxels are moved before windows are cut.
+    """
+    if window[2] == grid_shape[2]:
+        offset = (offset[0], offset[1], 0)
+    cells = coords[:, 1:].to(torch.int64) + torch.tensor(offset, device=coords.device)
+    size = torch.tensor(window, device=coords.device)
+    index = cells // size
+    counts = [-(-cells_along // window_along) + 1 for cells_along, window_along in zip(grid_shape, window, strict=True)]
+    row = (coords[:, 0].to(torch.int64) * counts[0] + index[:, 0]) * counts[1] + index[:, 1]
+    return Windows(row * counts[2] + index[:, 2], cells - index * size, window)
+
+
+def set_partition(windows: Windows, set_size: int) -> SetPartition:
+    """Cuts every window into sets of at most `set_size` voxels, listed window by window in ascending window id.
+
+    A window of n voxels gives S = ceil(n / set_size) sets; set s takes the ranks ``floor(s n / S) .. floor((s + 1) n / S) - 1``
+    of the window's order. No window is empty, so neither is any set.
+    """
+    x, y, z = windows.position.unbind(1)
+    wx, wy, wz = windows.size
+    y_first = torch.argsort(((windows.window * wy + y) * wx + x) * wz + z)
+    x_first = torch.argsort(((windows.window * wx + x) * wy + y) * wz + z)
+    _, voxels_in = torch.unique_consecutive(windows.window.index_select(0, x_first), return_counts=True)
+    sets_in = (voxels_in + set_size - 1) // set_size
+    window_of_set = torch.repeat_interleave(sets_in)
+    before = sets_in.cumsum(0) - sets_in
+    rank = torch.arange(window_of_set.shape[0], device=x.device) - before.index_select(0, window_of_set)
+    first_voxel = (voxels_in.cumsum(0) - voxels_in).index_select(0, window_of_set)
+    start = first_voxel + rank * voxels_in.index_select(0, window_of_set) // sets_in.index_select(0, window_of_set)
+    return SetPartition(torch.stack([y_first, x_first]), torch.cat([start, start.new_tensor([x.shape[0]])]), set_size)
+
+
+def padded_sets(windows: Windows, set_size: int) -> PaddedSets:
+    """The partition as published, straight from its definition: slot j of a window takes the voxel of rank floor(j n / (S t)).
+
+    It is the readable twin of :func:`set_partition`; both describe the same sets.
+    """
+    x, y, z = windows.position.unbind(1)
+    wx, wy, wz = windows.size
+    _, dense, voxels_in = torch.unique(windows.window, return_inverse=True, return_counts=True)
+    sets_in = (voxels_in + set_size - 1) // set_size
+    slots_in = sets_in * set_size
+    window_of_slot = torch.repeat_interleave(slots_in)
+    slot = torch.arange(window_of_slot.shape[0], device=x.device) - (slots_in.cumsum(0) - slots_in)[window_of_slot]
+    # In integers: exact, and equal to the float64 quotient as long as n * slots stays below 2**53.
+    rank = (voxels_in.cumsum(0) - voxels_in)[window_of_slot] + slot * voxels_in[window_of_slot] // slots_in[window_of_slot]
+    orders = [((dense * wy + y) * wx + x) * wz + z, ((dense * wx + x) * wy + y) * wz + z]
+    voxel = torch.stack([torch.argsort(key)[rank] for key in orders]).view(2, -1, set_size)
+    repeated = torch.zeros_like(voxel, dtype=torch.bool)
+    repeated[:, :, 1:] = voxel[:, :, 1:] == voxel[:, :, :-1]
+    return PaddedSets(voxel, repeated)
+
+
+def set_buckets(partition: SetPartition, max_blocks: int = 6) -> SetBuckets:
+    """Lays the sets out in at most `max_blocks` blocks, with as few spare slots as that allows.
+
+    With `max_blocks` = 1 every set gets `set_size` slots and no length has to be read back from the device.
+    """
+    start, device = partition.set_start, partition.order.device
+    length, by_length = torch.sort(start[1:] - start[:-1], stable=True)
+    if max_blocks == 1 or partition.num_sets == 0:
+        blocks = [(partition.num_sets, partition.set_size, True)] if partition.num_sets else []
+    else:
+        blocks = _best_blocks(torch.bincount(length, minlength=partition.set_size + 1).tolist(), max_blocks)
+    num_slots = sum(sets * slots for sets, slots, _ in blocks)
+    slots_of_block = torch.tensor([slots for _, slots, _ in blocks], dtype=torch.int64, device=device)
+    sets_of_block = torch.tensor([sets for sets, _, _ in blocks], dtype=torch.int64, device=device)
+    slots_in = torch.repeat_interleave(slots_of_block, sets_of_block, output_size=partition.num_sets)
+    first_slot = slots_in.cumsum(0) - slots_in
+    set_of_slot = torch.repeat_interleave(slots_in, output_size=num_slots)
+    column = torch.arange(num_slots, device=device) - first_slot[set_of_slot]
+    length_of_slot = length[set_of_slot]
+    rank_of_slot = start[by_length][set_of_slot] + torch.minimum(column, length_of_slot - 1)
+
+    # The slot that counts: a voxel keeps its place in its set, and the set has moved to where its block is.
+    moved = torch.empty_like(first_slot)
+    moved[by_length] = first_slot
+    moved -= start[:-1]
+    rank = torch.arange(partition.num_voxels, device=device)
+    set_of_rank = torch.repeat_interleave(start[1:] - start[:-1], output_size=partition.num_voxels)
+    slot_of_rank = (rank + moved[set_of_rank]).expand(2, -1)
+    return SetBuckets(
+        voxel_of_slot=partition.order[:, rank_of_slot],
+        slot_of_voxel=torch.empty_like(partition.order).scatter_(1, partition.order, slot_of_rank),
+        spare=column >= length_of_slot,
+        blocks=tuple(blocks),
+    )
+
+
+def _best_blocks(sets_of_length: list[int], max_blocks: int, candidates: int = 16) -> list[tuple[int, int, bool]]:
+    """Blocks (sets, slots, whether any is spare), short to long, with the fewest slots that `max_blocks` blocks can have.
+
+    Lengths are first merged into at most `candidates` groups, each as long as its longest set.
+    """
+    step = -(-len(sets_of_length) // candidates)
+    groups: list[tuple[int, int, int]] = []  # (sets, longest, voxels)
+    for low in range(0, len(sets_of_length), step):
+        merged = [(length, sets) for length, sets in enumerate(sets_of_length[low : low + step], low) if sets]
+        if merged:
+            groups.append((sum(sets for _, sets in merged), merged[-1][0], sum(length * sets for length, sets in merged)))
+    # fewest[j]: least slots for the j shortest groups, and the cuts that reach it, with the blocks used so far.
+    fewest: list[tuple[int, tuple[int, ...]] | None] = [(0, (0,))] + [None] * len(groups)
+    for _ in range(max_blocks):
+        previous = list(fewest)
+        for j in range(1, len(groups) + 1):
+            sets = 0
+            for i in range(j - 1, -1, -1):
+                sets += groups[i][0]
+                known, best = previous[i], fewest[j]
+                if known is not None and (best is None or known[0] + sets * groups[j - 1][1] < best[0]):
+                    fewest[j] = (known[0] + sets * groups[j - 1][1], (*known[1], j))
+    last = fewest[-1]
+    cuts = last[1] if last is not None else (0,)
+    blocks = []
+    for low, high in pairwise(cuts):
+        sets, slots = sum(group[0] for group in groups[low:high]), groups[high - 1][1]
+        blocks.append((sets, slots, sets * slots > sum(group[2] for group in groups[low:high])))
+    return blocks
