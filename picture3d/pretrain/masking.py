@@ -21,7 +21,7 @@ from torch import Tensor
 
 from picture3d.config import FrozenConfig
 from picture3d.errors import ConfigError
-from picture3d.ops.scatter import segment_mean, segment_sum
+from picture3d.ops.scatter import segment_count, segment_mean, segment_sum
 
 # Added before rounding down: 200 voxels at 0.9 are 180 in every precision.
 _ROUNDING = 1e-6
@@ -111,7 +111,7 @@ def choose_hidden(
             ratio = class_ratios(statistics, config)
             return draw(hidden_counts(statistics.size, ratio), superclass, sample, generator)
         case "random":
-            size = _count(torch.where(superclass >= 0, sample, batch_size), batch_size + 1)[:-1, None]
+            size = segment_count(torch.where(superclass >= 0, sample, batch_size), batch_size + 1)[:-1, None]
             ratio = torch.full_like(size, config.random_ratio, dtype=torch.float64)
             return draw(hidden_counts(size, ratio), superclass.clamp(max=0), sample, generator)
 
@@ -133,7 +133,7 @@ def class_statistics(
     features = features[rows].float()
     cell = sample[rows] * config.num_clusters + superclass[rows]
     centres = segment_mean(features, cell, classes)
-    size = _count(cell, classes)
+    size = segment_count(cell, classes)
     distance = (features - centres[cell]).norm(dim=1)
     far = distance > config.dispersion_threshold
     # One column each: sum of the distances that count, and how many they are.
@@ -217,7 +217,7 @@ def draw(counts: Tensor, superclass: Tensor, sample: Tensor, generator: torch.Ge
     cell = torch.where(superclass >= 0, sample * counts.shape[1] + superclass, none)
     shuffled = torch.rand(len(cell), generator=generator, device=generator.device).to(device).argsort()
     order = shuffled[cell[shuffled].argsort(stable=True)]
-    size = _count(cell, none + 1)
+    size = segment_count(cell, none + 1)
     rank = torch.arange(len(cell), device=device) - (size.cumsum(0) - size)[cell[order]]
     limit = F.pad(counts.flatten(), (0, 1))
     hidden = torch.zeros(len(cell), dtype=torch.bool, device=device)
@@ -250,11 +250,6 @@ def scaled_to(ratio: Tensor, size: Tensor, target: float) -> Tensor:
         enough = (at(middle) * size).sum(1, keepdim=True) / total >= target
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     return at(high)
-
-
-def _count(index: Tensor, bins: int) -> Tensor:
-    """(bins,) int64 occurrences; unlike bincount it needs no look at the values by the host."""
-    return torch.zeros(bins, dtype=torch.int64, device=index.device).scatter_add_(0, index, torch.ones_like(index))
 
 
 @cache
