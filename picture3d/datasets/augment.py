@@ -1,0 +1,69 @@
+"""Augmentation of whole frames: flips, rotation, scaling, translation. Points and boxes go through the same transform."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from picture3d.config import FrozenConfig
+from picture3d.structures.boxes import Boxes
+
+
+class AugmentConfig(FrozenConfig):
+    """What is drawn for a frame, in this order. The defaults are those of the published nuScenes segmentation recipe."""
+
+    flip_x: bool = Field(default=True, description="Mirror y with probability 1/2 (a flip along the x axis).")
+    flip_y: bool = Field(default=True, description="Mirror x with probability 1/2.")
+    rotation: float = Field(
+        default=0.78539816, ge=0, description="Rotate about z by an angle drawn from -rotation..rotation, rad."
+    )
+    scale: tuple[float, float] = Field(default=(0.9, 1.1), description="Scale by a factor drawn from this range.")
+    translation: float = Field(default=0.5, ge=0, description="Shift each axis by a normal draw of this sigma, in metres.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Augmentation:
+    """One drawn transform: ``p' = scale * rotation(yaw) @ flip(p) + translation``."""
+
+    flip_x: bool = False
+    flip_y: bool = False
+    yaw: float = 0.0  # radians, counter-clockwise from x
+    scale: float = 1.0
+    translation: tuple[float, float, float] = (0.0, 0.0, 0.0)  # metres
+
+    @property
+    def linear(self) -> NDArray[np.float64]:
+        """(3, 3) float64: the transform without its translation. Its determinant is negative after a single flip."""
+        c, s = np.cos(self.yaw), np.sin(self.yaw)
+        rotation = np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+        flip = np.array([-1.0 if self.flip_y else 1.0, -1.0 if self.flip_x else 1.0, 1.0])
+        return self.scale * rotation * flip
+
+    def points(self, xyz: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, 3) float32 points, moved; rows keep their order, so row numbers go on naming the same points."""
+        return (xyz.astype(np.float64) @ self.linear.T + np.asarray(self.translation)).astype(np.float32)
+
+    def boxes(self, boxes: Boxes) -> Boxes:
+        """Boxes, moved: centres as points, sizes scaled, headings wrapped to [-pi, pi), velocities turned and scaled."""
+        yaw = -boxes.yaw if self.flip_x else boxes.yaw
+        yaw = np.pi - yaw if self.flip_y else yaw
+        return replace(
+            boxes,
+            center=boxes.center @ self.linear.T + np.asarray(self.translation),
+            size=boxes.size * self.scale,
+            yaw=(yaw + self.yaw + np.pi) % (2 * np.pi) - np.pi,
+            velocity=boxes.velocity @ self.linear[:2, :2].T,
+        )
+
+
+def draw_augmentation(config: AugmentConfig, rng: np.random.Generator) -> Augmentation:
+    """Draws one transform. The same numbers are taken from `rng` whatever is switched on."""
+    flip_x, flip_y = rng.random(2) < 0.5
+    yaw = rng.uniform(-1.0, 1.0) * config.rotation
+    low, high = config.scale
+    scale = low + (high - low) * rng.random()
+    dx, dy, dz = (float(v) for v in rng.standard_normal(3) * config.translation)
+    return Augmentation(bool(flip_x) and config.flip_x, bool(flip_y) and config.flip_y, float(yaw), float(scale), (dx, dy, dz))

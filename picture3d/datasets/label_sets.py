@@ -1,0 +1,137 @@
+"""What the label byte of a point means: raw ids of a dataset -> the classes a network is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from picture3d.config import nearest
+from picture3d.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelSet:
+    """The classes of a dataset and how they map to training classes; training class 0 is ignored in losses and scores."""
+
+    name: str
+    class_names: tuple[str, ...]  # raw ids in order; ids beyond the last name are unknown and ignored
+    train_names: tuple[str, ...]  # training ids in order, [0] is the ignored one
+    train_ids: NDArray[np.uint8]  # (256,) raw id -> training id
+
+    def to_train(self, labels: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """(N,) raw labels -> (N,) int64 training classes."""
+        return self.train_ids[labels].astype(np.int64)
+
+    @property
+    def num_classes(self) -> int:
+        """Training classes, the ignored one included."""
+        return len(self.train_names)
+
+
+def label_set(name: str) -> LabelSet:
+    """The label set of that name.
+
+    Raises:
+        DataError: naming the nearest one, if there is none.
+    """
+    known = {found.name: found for found in (_nuscenes_32(), _nuscenes_16(), _plain())}
+    if name not in known:
+        guess = nearest(name, known)
+        hint = f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(known)}."
+        raise DataError(f"unknown label set '{name}'. {hint}")
+    return known[name]
+
+
+_NUSCENES_32_NAMES = (
+    "noise",
+    "animal",
+    "human.pedestrian.adult",
+    "human.pedestrian.child",
+    "human.pedestrian.construction_worker",
+    "human.pedestrian.personal_mobility",
+    "human.pedestrian.police_officer",
+    "human.pedestrian.stroller",
+    "human.pedestrian.wheelchair",
+    "movable_object.barrier",
+    "movable_object.debris",
+    "movable_object.pushable_pullable",
+    "movable_object.trafficcone",
+    "static_object.bicycle_rack",
+    "vehicle.bicycle",
+    "vehicle.bus.bendy",
+    "vehicle.bus.rigid",
+    "vehicle.car",
+    "vehicle.construction",
+    "vehicle.emergency.ambulance",
+    "vehicle.emergency.police",
+    "vehicle.motorcycle",
+    "vehicle.trailer",
+    "vehicle.truck",
+    "flat.driveable_surface",
+    "flat.other",
+    "flat.sidewalk",
+    "flat.terrain",
+    "static.manmade",
+    "static.other",
+    "static.vegetation",
+    "vehicle.ego",
+)
+
+_NUSCENES_TRAIN_NAMES = (
+    "ignored",
+    "barrier",
+    "bicycle",
+    "bus",
+    "car",
+    "construction_vehicle",
+    "motorcycle",
+    "pedestrian",
+    "traffic_cone",
+    "trailer",
+    "truck",
+    "driveable_surface",
+    "other_flat",
+    "sidewalk",
+    "terrain",
+    "manmade",
+    "vegetation",
+)
+
+# Raw lidarseg id -> one of the 16 classes of the nuScenes lidarseg challenge; everything else is ignored.
+_NUSCENES_RAW_TO_TRAIN = {
+    9: 1, 14: 2, 15: 3, 16: 3, 17: 4, 18: 5, 21: 6, 2: 7, 3: 7, 4: 7, 6: 7, 12: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
+    27: 14, 28: 15, 30: 16,
+}  # fmt: skip
+
+
+@cache
+def _nuscenes_32() -> LabelSet:
+    table = np.zeros(256, np.uint8)
+    for raw, train in _NUSCENES_RAW_TO_TRAIN.items():
+        table[raw] = train
+    return LabelSet("nuscenes-32", _NUSCENES_32_NAMES, _NUSCENES_TRAIN_NAMES, _frozen(table))
+
+
+@cache
+def _nuscenes_16() -> LabelSet:
+    table = np.zeros(256, np.uint8)
+    table[:17] = np.arange(17)
+    return LabelSet("nuscenes-16", _NUSCENES_TRAIN_NAMES, _NUSCENES_TRAIN_NAMES, _frozen(table))
+
+
+@cache
+def _plain() -> LabelSet:
+    names = ("ignored", *(f"class_{i}" for i in range(1, 256)))
+    return LabelSet("plain", names, names, _frozen(np.arange(256, dtype=np.uint8)))
+
+
+def _frozen(table: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    table.setflags(write=False)
+    return table
+
+
+NUSCENES_32 = _nuscenes_32()
+NUSCENES_16 = _nuscenes_16()

@@ -1,0 +1,194 @@
+"""Batches of prepared frames for training. What a batch holds is a pure function of (seed, epoch, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from picture3d.datasets.prepared import FrameKey, PreparedDataset
+from picture3d.datasets.samples import DataConfig, Sample, finish_sample, load_sample, read_sample, select_keyframes
+from picture3d.errors import ConfigError, DataError
+from picture3d.structures.batch import PointBatch
+from picture3d.structures.targets import FeatureSource
+
+__all__ = ["DataConfig", "FrameBatches", "Sample", "collate", "iterate_batches", "load_sample", "select_keyframes"]
+
+# Which stream of random numbers is drawn from; the seeds of two streams never meet.
+_ORDER, _SAMPLE = 0, 1
+
+
+class FrameBatches:
+    """The batches of a dataset, epoch after epoch (a `BatchSource` of the training loop).
+
+    The order of frames is a permutation drawn from (seed, epoch), the augmentation of a frame from (seed, epoch, its position
+    in the epoch): neither depends on the number of workers, nor on where an epoch is entered.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        targets: FeatureSource | None = None,
+        train: bool = True,
+    ) -> None:
+        """Opens the dataset and selects its frames.
+
+        Args:
+            config: which frames, and how they become input.
+            batch_size: frames per batch.
+            seed: of the order and the augmentation.
+            workers: processes that load ahead; 0 loads in the caller. The cache of `config` lives in each of them.
+            targets: where teacher targets are found, if they are wanted.
+            train: False gives every frame once, in order, un-augmented, the last incomplete batch included.
+
+        Raises:
+            DataError: if the dataset cannot be read or no frame is selected.
+            ConfigError: if there are fewer frames than a batch needs.
+        """
+        self.config = config
+        self.batch_size = batch_size
+        self.seed = seed
+        self.workers = workers
+        self.train = train
+        self.dataset = PreparedDataset(config.root)
+        self.keys = select_keyframes(self.dataset, config)
+        self._targets = targets
+        self._cache: dict[FrameKey, Sample] = {}
+        self._cached_bytes = 0
+        if self._drops_last and len(self.keys) < batch_size:
+            raise ConfigError(
+                f"{config.root}: {len(self.keys)} frames are selected, fewer than batch_size {batch_size}. "
+                f"Set batch_size to at most {len(self.keys)}, or drop_last=false."
+            )
+
+    @property
+    def _drops_last(self) -> bool:
+        return self.train and self.config.drop_last
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch."""
+        full, rest = divmod(len(self.keys), self.batch_size)
+        return full + (1 if rest and not self._drops_last else 0)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[PointBatch]:
+        """The batches of an epoch from `start_step` on; the same ones as an unbroken epoch gives."""
+        steps = range(start_step, self.steps_per_epoch)
+        if self.workers <= 0:
+            for step in steps:
+                yield self.batch(epoch, step)
+            return
+        # A generator of its own: DataLoader would draw from the global one, and training's numbers would depend on `workers`.
+        yield from DataLoader(
+            _Steps(self, epoch, steps),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=2,
+            generator=torch.Generator(),
+        )
+
+    def batch(self, epoch: int, step: int) -> PointBatch:
+        """One batch.
+
+        Raises:
+            DataError: if a frame cannot be read, or lacks what the config asks for.
+        """
+        order = self.order(epoch)
+        positions = range(step * self.batch_size, min((step + 1) * self.batch_size, len(self.keys)))
+        return collate([self._sample(self.keys[order[position]], epoch, position) for position in positions])
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """(frames,) int64: which of `keys` stands at each position of an epoch."""
+        if not (self.train and self.config.shuffle):
+            return np.arange(len(self.keys))
+        return np.random.default_rng([self.seed, epoch, _ORDER]).permutation(len(self.keys))
+
+    def _sample(self, key: FrameKey, epoch: int, position: int) -> Sample:
+        rng = np.random.default_rng([self.seed, epoch, _SAMPLE, position]) if self.train else None
+        sample = self._cache.get(key)
+        if sample is None:
+            sample = read_sample(self.dataset, key, self.config, targets=self._targets)
+            # Once full the cache stays as it is: with a new order every epoch, throwing out the oldest would keep nothing.
+            if self._cached_bytes + sample.nbytes <= self.config.cache_bytes:
+                self._cache[key] = sample
+                self._cached_bytes += sample.nbytes
+        return finish_sample(sample, self.config, rng)
+
+
+class _Steps(Dataset[PointBatch]):
+    """What a loader process is given: step -> batch."""
+
+    def __init__(self, batches: FrameBatches, epoch: int, steps: range) -> None:
+        self.batches, self.epoch, self.steps = batches, epoch, steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, item: int) -> PointBatch:
+        return self.batches.batch(self.epoch, self.steps[item])
+
+
+def iterate_batches(
+    config: DataConfig,
+    *,
+    epoch: int,
+    seed: int,
+    batch_size: int,
+    start_step: int = 0,
+    workers: int = 0,
+    targets: FeatureSource | None = None,
+) -> Iterator[PointBatch]:
+    """The training batches of one epoch; see :class:`FrameBatches`."""
+    return FrameBatches(config, batch_size=batch_size, seed=seed, workers=workers, targets=targets).epoch(epoch, start_step)
+
+
+def collate(samples: Sequence[Sample]) -> PointBatch:
+    """One batch of B >= 1 samples, their points one after the other.
+
+    Teacher cells of all samples form one table: the rows of `point_cell` are shifted accordingly and stay -1 for points
+    without a target. Labels (or targets) that only some samples have are filled with 0 (or -1).
+
+    Raises:
+        DataError: if the samples' targets differ in dimension.
+    """
+    counts = [len(sample.xyz) for sample in samples]
+    labels = None
+    if any(sample.labels is not None for sample in samples):
+        labels = _cat([np.zeros(n, np.int64) if s.labels is None else s.labels for s, n in zip(samples, counts, strict=True)])
+    cell_features = cell_superclass = point_cell = None
+    found = [sample.targets for sample in samples if sample.targets is not None]
+    if found:
+        if len({targets.features.shape[1] for targets in found}) > 1:
+            raise DataError(f"{samples[0].name}: targets of different dimensions in one batch; use one teacher's targets")
+        cell_features = _cat([targets.features for targets in found])
+        cell_superclass = _cat([targets.superclass for targets in found]).to(torch.int64)
+        cells, shift = [], 0
+        for sample, n in zip(samples, counts, strict=True):
+            cell = sample.point_cell
+            cells.append(np.full(n, -1, np.int64) if cell is None else np.where(cell >= 0, cell + shift, -1))
+            shift += 0 if sample.targets is None else len(sample.targets.features)
+        point_cell = _cat(cells)
+    return PointBatch(
+        xyz=_cat([sample.xyz for sample in samples]),
+        features=_cat([sample.features for sample in samples]),
+        sample=torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts)),
+        batch_size=len(samples),
+        frame_names=tuple(sample.name for sample in samples),
+        labels=labels,
+        cell_features=cell_features,
+        cell_superclass=cell_superclass,
+        point_cell=point_cell,
+    )
+
+
+def _cat(arrays: Sequence[NDArray[np.generic]]) -> Tensor:
+    """Always a copy: a cached sample must not be reachable through a batch."""
+    return torch.from_numpy(np.concatenate(arrays))

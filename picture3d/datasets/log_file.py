@@ -1,0 +1,484 @@
+"""One log, one file (`<log>.p3d`): frames in order of time, each column of each frame on its own, checksummed.
+
+Layout, described with byte tables in docs/data_format.md: a 16-byte head, then for every frame its columns and its JSON
+record (where the columns are, poses, token, links), then a JSON index of the records, then a 40-byte trailer that says where
+the index is. A frame is read by the index, its record and the columns asked for; nothing else of the file is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Collection
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from picture3d import __version__
+from picture3d.errors import DataError
+from picture3d.formats.columns import PLANES, Codec, checked_size, decode, dtype_name, encode
+from picture3d.formats.whole_files import whole_file
+from picture3d.structures.boxes import Boxes
+from picture3d.structures.frame import Frame
+from picture3d.structures.points import IntensityUnit, PointCloud
+from picture3d.structures.poses import Pose
+
+FORMAT_VERSION = 1
+_MAGIC = b"P3DLOG\r\n"
+_HEAD = struct.Struct("<8sII")  # magic, version, CRC-32C of the 12 bytes before it
+_TRAILER = struct.Struct("<QQIIII8s")  # index offset, index length, index CRC, frames, version, CRC of the 28 before, magic
+_MAX_INDEX_BYTES = 1 << 28
+_MAX_RECORD_BYTES = 1 << 20
+
+POINT_COLUMNS: dict[str, tuple[str, int]] = {  # name -> dtype, values per point
+    "xyz": ("<f4", 3),
+    "intensity": ("<f4", 1),
+    "ring": ("<i2", 1),
+    "elongation": ("<f4", 1),
+    "time_s": ("<f4", 1),
+    "labels": ("|u1", 1),
+    "instances": ("<u2", 1),
+}
+OPTIONAL_COLUMNS = frozenset({"ring", "elongation", "time_s", "labels", "instances", "boxes"})
+_BOX_COLUMNS = ("box_geometry", "box_points", "box_names")
+
+
+@dataclass(frozen=True, slots=True)
+class LogHeader:
+    """What holds for a whole log."""
+
+    log: str  # name of the log; the file is `<log>.p3d`
+    dataset: str  # name of the dataset it belongs to
+    label_set: str | None = None  # what the labels mean: a name for `label_sets.label_set`
+    source: dict[str, Any] = field(default_factory=dict)  # how it was made (JSON): a rerun redoes a log made otherwise
+    made_by: str = f"picture3d {__version__}"
+
+
+@dataclass(frozen=True, slots=True)
+class LogSummary:
+    """What a log holds, known without reading a frame."""
+
+    bytes: int
+    crc32c: int  # of the index, which holds the checksum of every record, which holds that of every column
+    frames: int
+    keyframes: tuple[int, ...]
+    points: int
+    labelled: int  # frames with a label per point
+    boxes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _FrameEntry:
+    """A frame's line in the index."""
+
+    offset: int
+    length: int
+    crc: int
+    points: int
+    keyframe: bool
+    labelled: bool
+    boxes: int  # -1: not annotated
+
+
+def _entry_of(row: list[int]) -> _FrameEntry:
+    offset, length, crc, points, keyframe, labelled, boxes = (int(number) for number in row)
+    return _FrameEntry(offset, length, crc, points, bool(keyframe), bool(labelled), boxes)
+
+
+def check_log_name(log: str) -> str:
+    """`log`, if it can be the name of a file in the dataset's folder.
+
+    Raises:
+        DataError: if it is empty, hidden, too long, or could leave the folder.
+    """
+    if not log or log.startswith(".") or len(log.encode()) > 200 or any(c in '/\\:"*?<>|' or ord(c) < 32 for c in log):
+        raise DataError(f"{log!r} cannot name a log: use letters, digits, '-', '_', '+' and '.', not starting with '.'")
+    return log
+
+
+class LogWriter(AbstractContextManager["LogWriter"]):
+    """Writes one log, frame by frame, in memory that does not grow with frames beyond some 50 bytes each for the index.
+
+    The file takes its name when the ``with`` block ends without an error; `summary` is known from then on.
+    """
+
+    def __init__(self, path: Path, header: LogHeader, *, xyz_codec: Codec = PLANES) -> None:
+        check_log_name(header.log)
+        self.path = path
+        self.header = header
+        self.summary: LogSummary | None = None
+        self._xyz_codec = xyz_codec
+        self._entries: list[_FrameEntry] = []
+        self._whole = whole_file(path)
+        self._file: BinaryIO | None = None
+        self._offset = 0
+
+    def __enter__(self) -> Self:
+        self._file = self._whole.__enter__()
+        start = _MAGIC + struct.pack("<I", FORMAT_VERSION)
+        self._write(start + struct.pack("<I", google_crc32c.value(start)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        if kind is not None:
+            return self._whole.__exit__(kind, error, trace)
+        try:
+            summary = self._finish()
+        except OSError as failure:
+            return self._whole.__exit__(type(failure), failure, failure.__traceback__)
+        self._whole.__exit__(None, None, None)
+        self.summary = summary
+        return None
+
+    def add(self, frame: Frame) -> None:
+        """Appends the next frame.
+
+        Raises:
+            DataError: if the frame is of another log or out of order, links to itself or a later sweep, or holds
+                columns of a wrong dtype or non-finite points or poses.
+        """
+        place = f"{self.path}: frame {frame.index}"
+        if frame.log != self.header.log or frame.index != len(self._entries):
+            raise DataError(f"{place} of log '{frame.log}': expected frame {len(self._entries)} of log '{self.header.log}'")
+        if any(not 0 <= earlier < frame.index for earlier in frame.previous):
+            raise DataError(f"{place}: previous {frame.previous} must be indices of earlier sweeps of the same log")
+        columns = _columns_of(frame, place)
+        chunks = {}
+        for name, column in columns.items():
+            codec = self._xyz_codec if name == "xyz" else PLANES
+            try:
+                data = encode(column, codec)
+            except DataError as error:
+                raise DataError(f"{place}, column {name}: {error}") from None
+            chunks[name] = {
+                "codec": str(codec),
+                "dtype": dtype_name(column.dtype),
+                "shape": list(column.shape),
+                "offset": self._offset,
+                "length": len(data),
+                "crc32c": google_crc32c.value(data),
+            }
+            self._write(data)
+        record = _to_json(_record_of(frame, chunks), place)
+        entry = _FrameEntry(
+            offset=self._offset,
+            length=len(record),
+            crc=google_crc32c.value(record),
+            points=len(frame.points),
+            keyframe=frame.is_keyframe,
+            labelled=frame.labels is not None,
+            boxes=-1 if frame.boxes is None else len(frame.boxes),
+        )
+        self._write(record)
+        self._entries.append(entry)
+
+    def _finish(self) -> LogSummary:
+        rows = [[e.offset, e.length, e.crc, e.points, int(e.keyframe), int(e.labelled), e.boxes] for e in self._entries]
+        index = _to_json({"header": asdict(self.header), "frames": rows}, str(self.path))
+        crc = google_crc32c.value(index)
+        start = struct.pack("<QQIII", self._offset, len(index), crc, len(rows), FORMAT_VERSION)
+        self._write(index)
+        self._write(start + struct.pack("<I", google_crc32c.value(start)) + _MAGIC)
+        return _summarise(self._entries, self._offset, crc)
+
+    def _write(self, data: bytes) -> None:
+        if self._file is None:
+            raise ValueError("LogWriter is a context manager: use `with LogWriter(path, header) as log:`")
+        self._file.write(data)
+        self._offset += len(data)
+
+
+class LogReader:
+    """Reads one log. Safe to use from threads, after a fork and after being sent to another process."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens a log and reads its index.
+
+        Raises:
+            DataError: if the file is missing, not a log, of another version, or its index is damaged.
+        """
+        self.path = Path(path)
+        self._open()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path = state["path"]
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def keyframes(self) -> tuple[int, ...]:
+        """Indices of the keyframes, in order of time."""
+        return self.summary.keyframes
+
+    def close(self) -> None:
+        """Closes the file; reading afterwards is an error."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", -1) >= 0:
+            os.close(self._handle)
+
+    def frame(self, index: int, columns: Collection[str] | None = None) -> Frame:
+        """Reads one frame and nothing else of the file.
+
+        Args:
+            index: position in the log.
+            columns: which of ``ring elongation time_s labels instances boxes`` to read where present; None reads all.
+                xyz and intensity are always read.
+
+        Raises:
+            DataError: if a checksum or size does not fit; the message names file, frame, column and byte offset.
+        """
+        if not 0 <= index < len(self._entries):
+            raise DataError(f"{self.path}: there is no frame {index}, the log has frames 0 to {len(self._entries) - 1}")
+        wanted = OPTIONAL_COLUMNS if columns is None else frozenset(columns)
+        if not wanted <= OPTIONAL_COLUMNS:
+            raise ValueError(f"unknown columns {sorted(wanted - OPTIONAL_COLUMNS)}; known: {sorted(OPTIONAL_COLUMNS)}")
+        entry, place = self._entries[index], f"{self.path}: frame {index}"
+        record = _from_json(self._read(entry.offset, entry.length, entry.crc, f"{place}, record"), f"{place}, record")
+        stored = record.get("columns")
+        if not isinstance(stored, dict) or not {"xyz", "intensity"} <= stored.keys():
+            raise DataError(f"{place}, record at byte {entry.offset}: lists no points. {_MEND}")
+        names = {"xyz", "intensity", *wanted, *(_BOX_COLUMNS if "boxes" in wanted else ())}
+        arrays = {name: self._column(chunk, name, place) for name, chunk in stored.items() if name in names}
+        try:
+            return _frame_of(self.header.log, index, entry, record, arrays, with_boxes="boxes" in wanted)
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            raise DataError(f"{place}, record at byte {entry.offset}: {type(error).__name__}: {error}. {_MEND}") from None
+
+    def num_points(self, index: int) -> int:
+        """Points of a frame, from the index alone."""
+        return self._entries[index].points
+
+    def verify(self) -> None:
+        """Reads every frame.
+
+        Raises:
+            DataError: for the first damage found.
+        """
+        for index in range(len(self)):
+            self.frame(index)
+
+    def _open(self) -> None:
+        self._handle = -1
+        try:
+            self._handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._size = os.fstat(self._handle).st_size
+        except FileNotFoundError:
+            raise DataError(f"{self.path}: no such log. Run the `prepare` command that made this dataset again.") from None
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be opened ({error.strerror or error}).") from error
+        if self._size < _HEAD.size + _TRAILER.size:
+            raise DataError(f"{self.path}: {self._size} bytes are too few for a log, it is cut off. {_MEND}")
+        self._check_head(self._pread(0, _HEAD.size))
+        tail = self._size - _TRAILER.size
+        trailer = self._pread(tail, _TRAILER.size)
+        offset, length, crc, frames, version, own_crc, magic = _TRAILER.unpack(trailer)
+        if magic != _MAGIC or own_crc != google_crc32c.value(trailer[:28]):
+            raise DataError(f"{self.path}: the trailer at byte {tail} is damaged or the file is cut off. {_MEND}")
+        if version != FORMAT_VERSION or offset + length != tail or length > _MAX_INDEX_BYTES:
+            raise DataError(f"{self.path}: the trailer at byte {tail} points outside of the file. {_MEND}")
+        index = _from_json(self._read(offset, length, crc, f"{self.path}: index"), f"{self.path}: index")
+        try:
+            self.header = LogHeader(**index["header"])
+            self._entries = [_entry_of(row) for row in index["frames"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{self.path}: the index at byte {offset} lacks {error}. {_MEND}") from None
+        if len(self._entries) != frames:
+            raise DataError(f"{self.path}: the index at byte {offset} lists {len(self._entries)} of {frames} frames. {_MEND}")
+        self.summary = _summarise(self._entries, self._size, crc)
+
+    def _check_head(self, head: bytes) -> None:
+        magic, version, crc = _HEAD.unpack(head)
+        if magic != _MAGIC:
+            raise DataError(f"{self.path}: not a picture3d log (byte 0 does not hold its mark). Prepare the raw data first.")
+        if crc != google_crc32c.value(head[:12]):
+            raise DataError(f"{self.path}: the head at byte 0 does not match its checksum. {_MEND}")
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{self.path}: format version {version}, this picture3d reads version {FORMAT_VERSION}. "
+                "Prepare the raw data again, or use the picture3d that wrote the file."
+            )
+
+    def _column(self, chunk: Any, name: str, place: str) -> NDArray[np.generic]:
+        place = f"{place}, column {name}"
+        try:
+            codec, dtype, shape = Codec.parse(chunk["codec"]), chunk["dtype"], tuple(int(side) for side in chunk["shape"])
+            offset, length, crc = int(chunk["offset"]), int(chunk["length"]), int(chunk["crc32c"])
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise DataError(f"{place}: the record does not describe it ({error}). {_MEND}") from None
+        try:
+            checked_size(dtype, shape)
+            return decode(self._read(offset, length, crc, place), codec, dtype, shape)
+        except DataError as error:
+            if str(error).startswith(place):
+                raise
+            raise DataError(f"{place} at byte {offset}: {error}. {_MEND}") from None
+
+    def _read(self, offset: int, length: int, crc: int, place: str) -> bytes:
+        if offset < 0 or length < 0 or offset + length > self._size:
+            raise DataError(f"{place}: bytes {offset} to {offset + length} lie outside of the file of {self._size}. {_MEND}")
+        data = self._pread(offset, length)
+        if len(data) != length or google_crc32c.value(data) != crc:
+            raise DataError(f"{place}: the {length} bytes at byte {offset} do not match their checksum. {_MEND}")
+        return data
+
+    def _pread(self, offset: int, length: int) -> bytes:
+        parts = []
+        while length > 0:
+            try:
+                part = os.pread(self._handle, length, offset)
+            except OSError as error:
+                raise DataError(f"{self.path}: cannot be read at byte {offset} ({error.strerror or error}).") from error
+            if not part:
+                break
+            parts.append(part)
+            offset, length = offset + len(part), length - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+_MEND = "The file is damaged: delete it and run the `prepare` command again, only this log is made anew."
+
+
+def _summarise(entries: list[_FrameEntry], size: int, crc: int) -> LogSummary:
+    return LogSummary(
+        bytes=size,
+        crc32c=crc,
+        frames=len(entries),
+        keyframes=tuple(index for index, entry in enumerate(entries) if entry.keyframe),
+        points=sum(entry.points for entry in entries),
+        labelled=sum(entry.labelled for entry in entries),
+        boxes=sum(max(entry.boxes, 0) for entry in entries),
+    )
+
+
+def _columns_of(frame: Frame, place: str) -> dict[str, NDArray[np.generic]]:
+    present = {**frame.points.columns(), "labels": frame.labels, "instances": frame.instances}
+    columns: dict[str, NDArray[np.generic]] = {name: column for name, column in present.items() if column is not None}
+    for name, column in columns.items():
+        dtype, width = POINT_COLUMNS[name]
+        shape = (len(frame.points),) if width == 1 else (len(frame.points), width)
+        if dtype_name(column.dtype) != dtype or column.shape != shape:
+            raise DataError(f"{place}, column {name}: {column.dtype} {column.shape}, expected {np.dtype(dtype).name} {shape}")
+    if not np.isfinite(frame.points.xyz).all():
+        raise DataError(f"{place}, column xyz: holds NaN or infinity; drop such points (and their labels) before storing")
+    if frame.boxes is not None:
+        boxes = frame.boxes
+        names = json.dumps([list(boxes.category), list(boxes.track_id)], separators=(",", ":")).encode()
+        columns["box_geometry"] = np.concatenate([boxes.center, boxes.size, boxes.yaw[:, None], boxes.velocity], axis=1)
+        columns["box_points"] = boxes.num_points.astype("<i4")
+        columns["box_names"] = np.frombuffer(names, np.uint8)
+    return columns
+
+
+def _record_of(frame: Frame, chunks: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "token": frame.token,
+        "timestamp_us": int(frame.timestamp_us),
+        "intensity_unit": str(frame.points.intensity_unit),
+        "global_from_ego": _pose_tree(frame.global_from_ego),
+        "ego_from_lidar": _pose_tree(frame.ego_from_lidar),
+        "previous": [int(earlier) for earlier in frame.previous],
+        "columns": chunks,
+    }
+
+
+def _frame_of(
+    log: str, index: int, entry: _FrameEntry, record: dict[str, Any], arrays: dict[str, Any], *, with_boxes: bool
+) -> Frame:
+    for name in arrays.keys() & POINT_COLUMNS.keys():
+        dtype, width = POINT_COLUMNS[name]
+        shape = (entry.points,) if width == 1 else (entry.points, width)
+        if arrays[name].shape != shape or dtype_name(arrays[name].dtype) != dtype:
+            raise ValueError(f"column {name} is {arrays[name].dtype} {arrays[name].shape}, expected {dtype} {shape}")
+    points = PointCloud(
+        xyz=arrays["xyz"],
+        intensity=arrays["intensity"],
+        intensity_unit=IntensityUnit(record["intensity_unit"]),
+        ring=arrays.get("ring"),
+        elongation=arrays.get("elongation"),
+        time_s=arrays.get("time_s"),
+    )
+    ego_from_lidar = _pose_of(record["ego_from_lidar"])
+    if ego_from_lidar is None:
+        raise ValueError("ego_from_lidar is missing")
+    previous = tuple(int(earlier) for earlier in record["previous"])
+    if any(not 0 <= earlier < index for earlier in previous):
+        raise ValueError(f"previous {previous} are not earlier sweeps")
+    return Frame(
+        log=log,
+        index=index,
+        token=str(record["token"]),
+        timestamp_us=int(record["timestamp_us"]),
+        points=points,
+        global_from_ego=_pose_of(record["global_from_ego"]),
+        ego_from_lidar=ego_from_lidar,
+        is_keyframe=entry.keyframe,
+        labels=arrays.get("labels"),
+        instances=arrays.get("instances"),
+        boxes=_boxes_of(arrays) if with_boxes and entry.boxes >= 0 else None,
+        previous=previous,
+    )
+
+
+def _boxes_of(arrays: dict[str, Any]) -> Boxes:
+    geometry = arrays["box_geometry"]
+    if geometry.ndim != 2 or geometry.shape[1] != 9:
+        raise ValueError(f"box_geometry has shape {geometry.shape}, expected (boxes, 9)")
+    category, track_id = json.loads(arrays["box_names"].tobytes())
+    return Boxes(
+        center=geometry[:, 0:3],
+        size=geometry[:, 3:6],
+        yaw=geometry[:, 6],
+        velocity=geometry[:, 7:9],
+        category=tuple(str(name) for name in category),
+        track_id=tuple(str(name) for name in track_id),
+        num_points=arrays["box_points"],
+    )
+
+
+def _pose_tree(pose: Pose | None) -> list[float] | None:
+    """Twelve float64 numbers, [rotation | translation] row by row; JSON keeps each to the last bit."""
+    return None if pose is None else [float(v) for v in pose.matrix[:3].ravel()]
+
+
+def _pose_of(tree: Any) -> Pose | None:
+    if tree is None:
+        return None
+    matrix = np.array(tree, dtype=np.float64).reshape(3, 4)
+    if not np.isfinite(matrix).all():
+        raise ValueError("a pose is not finite")
+    return Pose(matrix[:, :3], matrix[:, 3])
+
+
+def _to_json(tree: dict[str, Any], place: str) -> bytes:
+    try:
+        return json.dumps(tree, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError:
+        raise DataError(f"{place}: a pose or another number is not finite; such a frame cannot be stored") from None
+
+
+def _from_json(data: bytes, place: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON ({error}). {_MEND}") from None
+    if not isinstance(tree, dict):
+        raise DataError(f"{place}: not a JSON object. {_MEND}")
+    return tree

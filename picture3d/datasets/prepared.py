@@ -1,0 +1,238 @@
+"""Prepared frames on disk: ``ROOT/dataset.json`` and ``ROOT/logs/<log>.p3d``, one file per log."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from picture3d import __version__
+from picture3d.datasets.label_sets import LabelSet, label_set
+from picture3d.datasets.log_file import FORMAT_VERSION, LogHeader, LogReader, LogSummary, LogWriter, check_log_name
+from picture3d.errors import DataError
+from picture3d.formats.whole_files import read_json_object, write_json
+from picture3d.structures.frame import Frame
+
+__all__ = [
+    "FrameKey",
+    "LogHeader",
+    "LogReader",
+    "LogSummary",
+    "LogWriter",
+    "PreparedDataset",
+    "PreparedSummary",
+    "finished_log",
+    "log_path",
+    "open_for_writing",
+    "write_dataset",
+]
+
+_FORMAT = "picture3d-prepared"
+_MAX_DATASET_JSON = 1 << 28
+_OPEN_LOGS = 32
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class FrameKey:
+    """Where a frame is found in a prepared dataset."""
+
+    log: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.log}/{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSummary:
+    """What a preparation did; counts over the whole dataset unless said otherwise."""
+
+    root: Path
+    logs: int
+    logs_made: int  # in this run; the others were finished before
+    frames: int
+    keyframes: int
+    points: int
+    labelled: int  # frames with labels
+    boxes: int
+    missing_files: int = 0  # raw files that were listed and are not there; counted in this run
+    dropped_points: int = 0  # points with NaN or infinite coordinates, left out in this run
+
+
+class PreparedDataset:
+    """A folder of prepared frames. Cheap to make and to send to another process; logs are opened when they are read."""
+
+    def __init__(self, root: Path, *, open_logs: int = _OPEN_LOGS) -> None:
+        """Reads ``dataset.json``.
+
+        Args:
+            root: the folder.
+            open_logs: how many log files are kept open; the least recently used is closed first.
+
+        Raises:
+            DataError: if the folder is not a prepared dataset, or its preparation did not finish.
+        """
+        self.root = Path(root)
+        self._open_logs = max(1, open_logs)
+        self._readers: OrderedDict[str, LogReader] = OrderedDict()
+        path = self.root / "dataset.json"
+        if not path.exists():
+            raise DataError(
+                f"{self.root}: no dataset.json, so this is not a folder of prepared frames, or its preparation did not finish. "
+                "Run `picture3d prepare nuscenes RAW OUT` or `picture3d prepare points FOLDER OUT` (again)."
+            )
+        tree = read_json_object(path, max_bytes=_MAX_DATASET_JSON)
+        if tree.get("format") != _FORMAT or tree.get("version") != FORMAT_VERSION:
+            raise DataError(
+                f"{path}: format {tree.get('format')!r} version {tree.get('version')!r}, this picture3d reads "
+                f"{_FORMAT!r} version {FORMAT_VERSION}. Prepare the raw data again."
+            )
+        try:
+            self.name = str(tree["name"])
+            self.label_set: LabelSet | None = None if tree["label_set"] is None else label_set(tree["label_set"])
+            self._summaries = {check_log_name(str(log)): _summary(entry) for log, entry in tree["logs"].items()}
+            self._splits = {str(split): tuple(str(log) for log in logs) for split, logs in tree["splits"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{path}: lacks or garbles {error}. Run the `prepare` command again to rewrite it.") from None
+        for split, logs in self._splits.items():
+            unknown = [log for log in logs if log not in self._summaries]
+            if unknown:
+                raise DataError(f"{path}: split '{split}' names logs that are not there: {', '.join(unknown[:5])}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": OrderedDict()}
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return tuple(self._splits)
+
+    def logs(self, split: str | None = None) -> tuple[str, ...]:
+        """Names of the logs of a split, or of all, sorted.
+
+        Raises:
+            DataError: if there is no such split.
+        """
+        if split is None:
+            return tuple(sorted(self._summaries))
+        if split not in self._splits:
+            raise DataError(f"{self.root}: no split '{split}'. It has {', '.join(self._splits) or 'none'}.")
+        return tuple(sorted(self._splits[split]))
+
+    def keyframes(self, split: str | None = None) -> list[FrameKey]:
+        """Every keyframe of a split (or of all), by log name and time; no log is opened for it."""
+        return [FrameKey(log, index) for log in self.logs(split) for index in self._summaries[log].keyframes]
+
+    def summary(self, log: str) -> LogSummary:
+        """What a log holds, without opening it."""
+        return self._summaries[log]
+
+    def reader(self, log: str) -> LogReader:
+        """The open log; the same object while it stays among the most recently used.
+
+        Raises:
+            DataError: if there is no such log, or its file is not the one that ``dataset.json`` was written for.
+        """
+        if log in self._readers:
+            self._readers.move_to_end(log)
+            return self._readers[log]
+        if log not in self._summaries:
+            raise DataError(f"{self.root}: no log '{log}'; it has {len(self._summaries)} logs")
+        reader = LogReader(log_path(self.root, log))
+        if reader.header.log != log or reader.summary != self._summaries[log]:
+            reader.close()
+            raise DataError(f"{reader.path}: is not the file that dataset.json was written for. Run `prepare` again.")
+        self._readers[log] = reader
+        while len(self._readers) > self._open_logs:
+            self._readers.popitem(last=False)  # closed when its last user lets go of it
+        return reader
+
+    def frame(self, key: FrameKey, columns: Collection[str] | None = None) -> Frame:
+        """Reads one frame; see :meth:`LogReader.frame`."""
+        return self.reader(key.log).frame(key.index, columns)
+
+
+def log_path(root: Path, log: str) -> Path:
+    """Where the file of a log is."""
+    return root / "logs" / f"{check_log_name(log)}.p3d"
+
+
+def open_for_writing(root: Path) -> None:
+    """Makes the folder, and takes ``dataset.json`` away: until it is written again the dataset counts as unfinished.
+
+    Raises:
+        DataError: if the folder holds something else, or cannot be written.
+    """
+    path = root / "dataset.json"
+    if path.exists() and read_json_object(path, max_bytes=_MAX_DATASET_JSON).get("format") != _FORMAT:
+        raise DataError(f"{path}: belongs to something else than prepared frames. Choose another output folder.")
+    try:
+        (root / "logs").mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{root}: cannot be written ({error.strerror or error}). Choose another output folder.") from error
+
+
+def finished_log(root: Path, header: LogHeader) -> LogSummary | None:
+    """The summary of a log that an earlier run finished with the same header, or None if it has to be made."""
+    path = log_path(root, header.log)
+    if not path.exists():
+        return None
+    try:
+        reader = LogReader(path)
+    except DataError:
+        return None
+    try:
+        same = json.dumps(_identity(reader.header), sort_keys=True) == json.dumps(_identity(header), sort_keys=True)
+        return reader.summary if same else None
+    finally:
+        reader.close()
+
+
+def write_dataset(
+    root: Path,
+    *,
+    name: str,
+    label_set_name: str | None,
+    splits: Mapping[str, Sequence[str]],
+    logs: Mapping[str, LogSummary],
+) -> None:
+    """Writes ``dataset.json``, the last act of a preparation, and removes files of logs that are no longer in it.
+
+    Raises:
+        DataError: if a split names an unknown log, or a log is in two splits.
+    """
+    seen: dict[str, str] = {}
+    for split, members in splits.items():
+        for log in members:
+            if log not in logs:
+                raise DataError(f"{root}: split '{split}' names log '{log}', which was not prepared")
+            if log in seen:
+                raise DataError(f"{root}: log '{log}' is in split '{seen[log]}' and in split '{split}'")
+            seen[log] = split
+    kept = {log_path(root, log) for log in logs}
+    for stale in (root / "logs").glob("*.p3d*"):
+        if stale not in kept:
+            stale.unlink()
+    tree = {
+        "format": _FORMAT,
+        "version": FORMAT_VERSION,
+        "made_by": f"picture3d {__version__}",
+        "name": name,
+        "label_set": label_set_name,
+        "splits": {split: sorted(members) for split, members in splits.items()},
+        "logs": {log: {**asdict(logs[log]), "keyframes": list(logs[log].keyframes)} for log in sorted(logs)},
+    }
+    write_json(root / "dataset.json", tree)
+
+
+def _identity(header: LogHeader) -> dict[str, Any]:
+    """What must agree for a finished log to be kept; a newer version of this package alone is no reason to redo it."""
+    return {name: value for name, value in asdict(header).items() if name != "made_by"}
+
+
+def _summary(entry: dict[str, Any]) -> LogSummary:
+    return LogSummary(**{**entry, "keyframes": tuple(int(index) for index in entry["keyframes"])})

@@ -1,0 +1,281 @@
+"""One training sample: a keyframe with earlier sweeps merged in, features scaled, targets attached, augmented, cropped.
+
+The order matters and is fixed: merge sweeps -> features -> (targets by row of the un-augmented keyframe) -> augment -> crop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from picture3d.config import FrozenConfig
+from picture3d.datasets.augment import AugmentConfig, draw_augmentation
+from picture3d.datasets.prepared import FrameKey, PreparedDataset
+from picture3d.errors import DataError
+from picture3d.structures.boxes import Boxes
+from picture3d.structures.frame import Frame
+from picture3d.structures.points import IntensityUnit, PointCloud
+from picture3d.structures.targets import FeatureSource, FrameTargets
+
+_Item = TypeVar("_Item")
+
+EGO_RADIUS_M = 1.0  # points of earlier sweeps closer than this in |x| and |y| are the car itself
+
+
+class DataConfig(FrozenConfig):
+    """Which frames are loaded and how they become network input."""
+
+    root: Path = Field(description="Folder of prepared frames.")
+    split: str | None = Field(default="train", description="Name of a split; null takes every log.")
+    label_share: float = Field(
+        default=1.0, gt=0, le=1, description="Share of the labelled logs used; a smaller share is a subset of a larger one."
+    )
+    label_seed: int = Field(default=0, ge=0, description="Which logs a share holds.")
+    every: int = Field(default=1, ge=1, description="Take every n-th keyframe of the list; 1 takes all.")
+    max_frames: int | None = Field(default=None, ge=1, description="At most so many keyframes, evenly spread over the list.")
+    sweeps: int = Field(default=1, ge=1, description="Sweeps merged into a sample, the keyframe included.")
+    features: tuple[Literal["intensity", "time_lag", "elongation"], ...] = Field(
+        default=("intensity",), description="Values per point besides x y z: intensity, time_lag (s), elongation (tanh of it)."
+    )
+    intensity_scale: Literal["unit", "raw", "tanh"] = Field(
+        default="unit", description="unit: 0..1 whatever was stored; raw: as stored; tanh: tanh of the 0..1 value."
+    )
+    range_min: tuple[float, float, float] | None = Field(default=None, description="Crop, metres x y z, inclusive.")
+    range_max: tuple[float, float, float] | None = Field(default=None, description="Crop, metres x y z, inclusive.")
+    crop_z: bool = Field(default=True, description="Crop z too, not only x and y.")
+    augment: AugmentConfig | None = Field(default=None, description="null: points as they are.")
+    shuffle_points: bool = Field(default=False, description="Shuffle the points of a sample.")
+    labels: bool = Field(default=True, description="Read the labels where there are some.")
+    boxes: bool = Field(default=False, description="Read the boxes where there are some.")
+    shuffle: bool = Field(default=True, description="Draw a new order of frames for every epoch.")
+    drop_last: bool = Field(default=True, description="Leave out an incomplete last batch.")
+    cache_bytes: int = Field(default=0, ge=0, description="Keep decoded samples in memory up to so many bytes; for small data.")
+    target_store: str | None = Field(default=None, description="Name of the teacher whose stored targets are attached.")
+
+    @model_validator(mode="after")
+    def _range_is_whole(self) -> Self:
+        if (self.range_min is None) != (self.range_max is None):
+            raise ValueError("range_min and range_max belong together: set both or neither")
+        if self.range_min is not None and self.range_max is not None:
+            for axis, low, high in zip("xyz", self.range_min, self.range_max, strict=True):
+                if not low < high:
+                    raise ValueError(f"range {axis}: {low} is not below {high}")
+        if len(set(self.features)) != len(self.features):
+            raise ValueError("features names a column twice")
+        return self
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """Network input made of one keyframe; all columns have N rows. The keyframe's points come first unless shuffled."""
+
+    name: str  # "log/index"
+    xyz: NDArray[np.float32]  # (N, 3) float32, metres, the keyframe's LiDAR frame
+    features: NDArray[np.float32]  # (N, F) float32, as `DataConfig.features`
+    point_id: NDArray[np.int64]  # (N,) int64: row in the un-augmented keyframe; -1 for points of earlier sweeps
+    labels: NDArray[np.int64] | None = None  # (N,) int64 training class, 0 = ignored; 0 for points of earlier sweeps
+    boxes: Boxes | None = None
+    targets: FrameTargets | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes its arrays take."""
+        arrays = [self.xyz, self.features, self.point_id, self.labels]
+        if self.targets is not None:
+            arrays += [self.targets.features, self.targets.superclass, self.targets.point_cell]
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    @property
+    def point_cell(self) -> NDArray[np.int64] | None:
+        """(N,) int64: row in `targets.features` of each point, -1 where it has none; None without targets."""
+        if self.targets is None:
+            return None
+        cell = np.full(len(self.xyz), -1, np.int64)
+        own = self.point_id >= 0
+        cell[own] = self.targets.point_cell[self.point_id[own]]
+        return cell
+
+    def select(self, rows: NDArray[np.bool_] | NDArray[np.integer]) -> Sample:
+        """The points chosen by a boolean mask or an index."""
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, xyz=self.xyz[rows], features=self.features[rows], point_id=self.point_id[rows], labels=labels)
+
+
+def select_keyframes(dataset: PreparedDataset, config: DataConfig) -> list[FrameKey]:
+    """The keyframes a config asks for, by log name and time.
+
+    A label share takes whole logs (of those that hold labels, if any does): the first ``max(1, round(share * logs))`` of an
+    order drawn from `label_seed`, so that shares are nested. If the split has a single log, its keyframes are taken
+    in that way instead.
+
+    Raises:
+        DataError: if the split does not exist or holds no keyframe.
+    """
+    keys = dataset.keyframes(config.split)
+    if config.label_share < 1.0:
+        logs = sorted({key.log for key in keys})
+        logs = [log for log in logs if dataset.summary(log).labelled] or logs
+        keys = [key for key in keys if key.log in logs]
+        if len(logs) > 1:
+            chosen = set(_nested_share(logs, config))
+            keys = [key for key in keys if key.log in chosen]
+        elif keys:
+            keys = sorted(_nested_share(keys, config))
+    keys = keys[:: config.every]
+    if config.max_frames is not None and len(keys) > config.max_frames:
+        keys = [keys[i] for i in np.linspace(0, len(keys) - 1, config.max_frames).round().astype(int)]
+    if not keys:
+        raise DataError(f"{dataset.root}: split '{config.split}' holds no keyframe. Its splits: {', '.join(dataset.splits)}.")
+    return keys
+
+
+def _nested_share(items: list[_Item], config: DataConfig) -> list[_Item]:
+    order = np.random.default_rng(config.label_seed).permutation(len(items))
+    return [items[i] for i in order[: max(1, round(config.label_share * len(items)))]]
+
+
+def load_sample(
+    dataset: PreparedDataset,
+    key: FrameKey,
+    config: DataConfig,
+    rng: np.random.Generator | None,
+    *,
+    targets: FeatureSource | None = None,
+) -> Sample:
+    """Reads, merges, augments and crops one sample; `rng` None leaves augmentation and point shuffling out.
+
+    Raises:
+        DataError: if a file is damaged, or a frame lacks what the config asks for (poses, elongation, unit of intensity).
+    """
+    return finish_sample(read_sample(dataset, key, config, targets=targets), config, rng)
+
+
+def read_sample(dataset: PreparedDataset, key: FrameKey, config: DataConfig, *, targets: FeatureSource | None = None) -> Sample:
+    """The part of :func:`load_sample` that is the same in every epoch: nothing random, nothing cropped."""
+    columns = {name for name, used in (("labels", config.labels), ("boxes", config.boxes)) if used}
+    if "elongation" in config.features:
+        columns.add("elongation")
+    reader = dataset.reader(key.log)
+    frame = reader.frame(key.index, columns)
+    sweeps = [frame.points]
+    xyz = [frame.points.xyz]
+    lags = [0.0]
+    for earlier in frame.previous[: config.sweeps - 1]:
+        sweep = reader.frame(earlier, columns - {"labels", "boxes"})
+        points = without_ego(sweep.points)
+        sweeps.append(points)
+        xyz.append(move_sweep(points.xyz, sweep, frame))
+        lags.append((frame.timestamp_us - sweep.timestamp_us) * 1e-6)
+    count = [len(points) for points in sweeps]
+    total = sum(count)
+    point_id = np.full(total, -1, np.int64)
+    point_id[: count[0]] = np.arange(count[0])
+    labels = None
+    if frame.labels is not None:
+        if dataset.label_set is None:
+            raise DataError(
+                f"{dataset.root}: frames have labels, but dataset.json names no label set. Prepare with --label-set."
+            )
+        labels = np.zeros(total, np.int64)
+        labels[: count[0]] = dataset.label_set.to_train(frame.labels)
+    found = None if targets is None else targets.targets(frame)
+    if found is not None and len(found.point_cell) != count[0]:
+        raise DataError(
+            f"{key}: the targets were computed for {len(found.point_cell)} points, the frame has {count[0]}. "
+            "The data changed since; run `picture3d targets` again."
+        )
+    return Sample(
+        name=str(key),
+        xyz=np.concatenate(xyz),
+        features=_features(sweeps, lags, config, key),
+        point_id=point_id,
+        labels=labels,
+        boxes=frame.boxes,
+        targets=found,
+    )
+
+
+def finish_sample(sample: Sample, config: DataConfig, rng: np.random.Generator | None) -> Sample:
+    """The part of :func:`load_sample` that differs between epochs: augments, crops, shuffles."""
+    if config.augment is not None and rng is not None:
+        drawn = draw_augmentation(config.augment, rng)
+        boxes = None if sample.boxes is None else drawn.boxes(sample.boxes)
+        sample = replace(sample, xyz=drawn.points(sample.xyz), boxes=boxes)
+    if config.range_min is not None and config.range_max is not None:
+        axes = 3 if config.crop_z else 2
+        low = np.asarray(config.range_min[:axes], np.float32)
+        high = np.asarray(config.range_max[:axes], np.float32)
+        inside = np.all((sample.xyz[:, :axes] >= low) & (sample.xyz[:, :axes] <= high), axis=1)
+        sample = sample if inside.all() else sample.select(np.flatnonzero(inside))
+    if config.shuffle_points and rng is not None:
+        sample = sample.select(rng.permutation(len(sample.xyz)))
+    return sample
+
+
+def without_ego(points: PointCloud) -> PointCloud:
+    """The points further than `EGO_RADIUS_M` from the sensor in x or in y: what is nearer is the car itself."""
+    near = (np.abs(points.xyz[:, 0]) < EGO_RADIUS_M) & (np.abs(points.xyz[:, 1]) < EGO_RADIUS_M)
+    return points.select(~near) if near.any() else points
+
+
+def move_sweep(xyz: NDArray[np.float32], sweep: Frame, keyframe: Frame) -> NDArray[np.float32]:
+    """(N, 3) points of `sweep`, taken from its LiDAR frame to the LiDAR frame of `keyframe` by the two poses.
+
+    Raises:
+        DataError: if one of them has no pose.
+    """
+    if sweep.global_from_lidar is None or keyframe.global_from_lidar is None:
+        raise DataError(
+            f"{keyframe.log}/{keyframe.index}: several sweeps were asked for, but this log has no poses. "
+            "Use sweeps=1, or prepare the data with poses."
+        )
+    return (keyframe.global_from_lidar.inverse() @ sweep.global_from_lidar).apply(xyz)  # type: ignore[return-value]
+
+
+def scale_intensity(points: PointCloud, scale: str) -> NDArray[np.float32]:
+    """(N,) float32 intensity as network input; see `DataConfig.intensity_scale`.
+
+    Raises:
+        DataError: if a scale other than ``raw`` is asked for and the unit is unknown.
+    """
+    if scale == "raw":
+        return points.intensity
+    match points.intensity_unit:
+        case IntensityUnit.RAW_255:
+            unit = points.intensity * np.float32(1 / 255)
+        case IntensityUnit.UNIT:
+            unit = points.intensity
+        case IntensityUnit.TANH:
+            return points.intensity  # already in 0..1 and already a tanh
+        case IntensityUnit.UNKNOWN:
+            raise DataError(
+                "the unit of this data's intensity is unknown, so it cannot be scaled. "
+                "Prepare it with --intensity 0-255, 0-1 or tanh, or set intensity_scale=raw."
+            )
+    return np.tanh(unit) if scale == "tanh" else unit
+
+
+def _features(sweeps: list[PointCloud], lags: list[float], config: DataConfig, key: FrameKey) -> NDArray[np.float32]:
+    out = np.zeros((sum(len(points) for points in sweeps), len(config.features)), np.float32)
+    for column, feature in enumerate(config.features):
+        start = 0
+        for points, lag in zip(sweeps, lags, strict=True):
+            rows = slice(start, start := start + len(points))
+            match feature:
+                case "intensity":
+                    try:
+                        out[rows, column] = scale_intensity(points, config.intensity_scale)
+                    except DataError as error:
+                        raise DataError(f"{key}: {error}") from None
+                case "time_lag":
+                    out[rows, column] = lag
+                case "elongation":
+                    if points.elongation is None:
+                        raise DataError(f"{key}: has no elongation; take 'elongation' out of features")
+                    out[rows, column] = np.tanh(points.elongation)
+    return out

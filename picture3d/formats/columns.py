@@ -1,0 +1,177 @@
+"""Codecs of stored columns: array <-> bytes. Sizes are bounded before anything is allocated.
+
+``raw``            the array's bytes, little-endian, row by row
+``zlib-planes``    lossless: byte i of every row stored together (one plane per byte of a row), then zlib level 1
+``zlib-grid:STEP`` lossy, float32 only: every value rounded to a multiple of STEP, stored as the difference to the row
+                   above, in byte planes, then zlib level 1. The error is at most STEP / 2 (plus float32 rounding)
+
+The choice was measured: see docs/data_format.md and benchmarks/prepared_container.py.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from picture3d.errors import DataError
+
+STORED_DTYPES = ("|u1", "<u2", "<u4", "<i2", "<i4", "<i8", "<f2", "<f4", "<f8")
+MAX_COLUMN_BYTES = 1 << 30
+# Deflate cannot shrink data by more than about 1032 to 1, so a larger claim is a lie and is refused unread.
+_MAX_INFLATION = 1040
+_ZLIB_LEVEL = 1
+
+
+class CodecKind(StrEnum):
+    """How a column is stored."""
+
+    RAW = "raw"
+    PLANES = "zlib-planes"
+    GRID = "zlib-grid"
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """A codec with its parameter."""
+
+    kind: CodecKind
+    step: float = 0.0  # `GRID` only: distance between neighbouring stored values, in the column's unit
+
+    def __post_init__(self) -> None:
+        if self.kind is CodecKind.GRID and not (math.isfinite(self.step) and self.step >= 1e-9):
+            raise DataError(f"codec {self.kind}: the step must be a positive number, got {self.step}")
+
+    @property
+    def lossless(self) -> bool:
+        """True if `decode(encode(a))` gives `a` to the last bit."""
+        return self.kind is not CodecKind.GRID
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.step!r}" if self.kind is CodecKind.GRID else str(self.kind)
+
+    @staticmethod
+    def parse(text: str) -> Codec:
+        """From its name in a file, such as ``zlib-grid:0.001``.
+
+        Raises:
+            DataError: if no such codec exists.
+        """
+        name, _, parameter = text.partition(":")
+        try:
+            return Codec(CodecKind(name), float(parameter) if parameter else 0.0)
+        except ValueError:
+            known = ", ".join(CodecKind)
+            raise DataError(
+                f"unknown codec '{text}'; this version reads {known}. The file may come from a newer version."
+            ) from None
+
+
+RAW = Codec(CodecKind.RAW)
+PLANES = Codec(CodecKind.PLANES)
+
+
+def encode(column: NDArray[np.generic], codec: Codec) -> bytes:
+    """The bytes of `column` (any shape with rows first) under `codec`.
+
+    Raises:
+        DataError: for a dtype that is not stored, or values that `zlib-grid` cannot hold (not float32, NaN, too far away).
+    """
+    column = np.ascontiguousarray(column, column.dtype.newbyteorder("<"))
+    if dtype_name(column.dtype) not in STORED_DTYPES:
+        raise DataError(f"a column of {column.dtype} cannot be stored; use one of {', '.join(STORED_DTYPES)}")
+    match codec.kind:
+        case CodecKind.RAW:
+            return column.tobytes()
+        case CodecKind.PLANES:
+            return zlib.compress(_to_planes(column), _ZLIB_LEVEL)
+        case CodecKind.GRID:
+            return zlib.compress(_to_planes(_to_grid_steps(column, codec.step)), _ZLIB_LEVEL)
+
+
+def decode(data: bytes, codec: Codec, dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
+    """The array of `dtype` and `shape` that :func:`encode` turned into `data`; writable.
+
+    Raises:
+        DataError: if the claimed size is absurd or the bytes do not hold exactly that array.
+    """
+    size = checked_size(dtype, shape)
+    match codec.kind:
+        case CodecKind.RAW:
+            if len(data) != size:
+                raise DataError(f"holds {len(data)} bytes, {dtype} of shape {shape} needs {size}")
+            return np.frombuffer(bytearray(data), dtype).reshape(shape)
+        case CodecKind.PLANES:
+            return _from_planes(_inflate(data, size), dtype, shape)
+        case CodecKind.GRID:
+            if dtype != "<f4":
+                raise DataError(f"codec {codec} holds <f4, not {dtype}")
+            return _from_grid_steps(_from_planes(_inflate(data, size), "<u4", shape), codec.step)
+
+
+def dtype_name(dtype: np.dtype) -> str:
+    """The little-endian name under which a dtype is stored."""
+    return dtype.newbyteorder("<").str
+
+
+def checked_size(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of an array of `dtype` and `shape`.
+
+    Raises:
+        DataError: if the dtype is not a stored one, a side is negative, or the array exceeds `MAX_COLUMN_BYTES`.
+    """
+    if dtype not in STORED_DTYPES:
+        raise DataError(f"dtype {dtype!r} is not one of {', '.join(STORED_DTYPES)}")
+    if not 1 <= len(shape) <= 4 or any(side < 0 or side > MAX_COLUMN_BYTES for side in shape):
+        raise DataError(f"shape {shape} is not one of a stored column")
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size > MAX_COLUMN_BYTES:
+        raise DataError(f"shape {shape} of {dtype} is {size} bytes, more than the {MAX_COLUMN_BYTES} a column may have")
+    return size
+
+
+def _inflate(data: bytes, size: int) -> bytes:
+    if size > _MAX_INFLATION * len(data) + 64:
+        raise DataError(f"claims {size} bytes in {len(data)} compressed ones, which zlib cannot hold")
+    inflator = zlib.decompressobj()
+    try:
+        out = inflator.decompress(data, size + 1)  # one byte more than allowed shows an overlong stream
+    except zlib.error as error:
+        raise DataError(f"is not a zlib stream ({error})") from None
+    if len(out) != size or not inflator.eof or inflator.unused_data:
+        raise DataError(f"inflates to something else than the {size} bytes it should hold")
+    return out
+
+
+def _to_planes(column: NDArray[np.generic]) -> bytes:
+    if column.size == 0:
+        return b""
+    return column.reshape(-1).view(np.uint8).reshape(len(column), -1).T.tobytes()
+
+
+def _from_planes(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
+    if not data:
+        return np.zeros(shape, dtype)
+    planes = np.frombuffer(data, np.uint8).reshape(-1, shape[0])
+    return np.ascontiguousarray(planes.T).view(dtype).reshape(shape)
+
+
+def _to_grid_steps(column: NDArray[np.generic], step: float) -> NDArray[np.uint32]:
+    """Differences between rows on the grid, zigzag-coded so that small ones of both signs have empty high bytes."""
+    if column.dtype != np.float32:
+        raise DataError(f"codec zlib-grid stores float32, not {column.dtype}")
+    index = np.rint(column.astype(np.float64) / step)
+    if not np.all(np.abs(index) < 2**30):  # also False for NaN
+        raise DataError(f"codec zlib-grid:{step!r} cannot hold NaN, infinity or values beyond {step * 2**30:g}")
+    delta = np.diff(index.astype(np.int32), axis=0, prepend=np.zeros((1, *column.shape[1:]), np.int32))
+    return ((delta << 1) ^ (delta >> 31)).view(np.uint32)
+
+
+def _from_grid_steps(zigzag: NDArray[np.generic], step: float) -> NDArray[np.float32]:
+    code = zigzag.view(np.uint32)
+    delta = (code >> 1).view(np.int32) ^ -(code & 1).view(np.int32)
+    return (np.cumsum(delta, axis=0, dtype=np.int32) * step).astype(np.float32)

@@ -1,0 +1,93 @@
+"""Files that exist whole or not at all: written beside their place, synced, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from picture3d.errors import DataError
+
+PARTIAL_SUFFIX = ".partial"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a binary file that takes its name `path` only when the block ends without an error.
+
+    Until then the bytes are in ``<path>.partial``; a left-over of a killed run is overwritten, an error removes it.
+    The data and the folder are synced, so after the block the file survives a power cut.
+
+    Raises:
+        DataError: if the folder cannot be written or the disk is full.
+    """
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror or error}). Nothing was left half-written; "
+            "free some space or choose a folder that can be written, and run again: what is finished is kept."
+        ) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Writes `tree` as indented JSON, whole or not at all.
+
+    Raises:
+        DataError: if the file cannot be written.
+    """
+    with whole_file(path) as file:
+        file.write((json.dumps(tree, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        DataError: if the file is missing, larger than `max_bytes`, not JSON, or not one object.
+    """
+    tree = read_json(path, max_bytes=max_bytes)
+    if not isinstance(tree, dict):
+        raise DataError(f"{path}: expected one JSON object, found {type(tree).__name__}. The file is not what its name says.")
+    return tree
+
+
+def read_json(path: Path, *, max_bytes: int) -> Any:
+    """The JSON value in `path`.
+
+    Raises:
+        DataError: if the file is missing, larger than `max_bytes`, or not JSON.
+    """
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise DataError(f"{path}: {size} bytes, more than the {max_bytes} such a file may have. It was not read.")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error}). The file is damaged or cut off; write it again.") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
