@@ -75,6 +75,19 @@ def exchange_rows(values: Tensor, row_of_slot: Tensor, slot_of_row: Tensor) -> T
     return _ExchangeRows.apply(values, row_of_slot, slot_of_row)
 
 
+def select_unique_rows(values: Tensor, index: Tensor) -> Tensor:
+    """``values[index]`` for an index that names no row twice: the backward is a plain write.
+
+    Args:
+        values: (M, C) float.
+        index: (N,) int64 in [0, M), all different.
+
+    Returns:
+        (N, C).
+    """
+    return _SelectUniqueRows.apply(values, index)
+
+
 def _sum_rows(values: Tensor, index: Tensor, num_segments: int) -> Tensor:
     wide = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
     if wide.is_cuda:
@@ -124,6 +137,19 @@ class _ExchangeRows(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (slot_of_row,) = ctx.saved_tensors
         return grads[0].index_select(0, slot_of_row), None, None
+
+
+class _SelectUniqueRows(Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_rows = values.shape[0]
+        return values.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.num_rows, grads[0].shape[1]).index_copy_(0, index, grads[0]), None
 
 
 class _SegmentMax(Function):

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from picture3d.ops.scatter import exchange_rows, gather_rows, segment_count, segment_max, segment_mean, segment_sum
+from picture3d.ops.scatter import (
+    exchange_rows,
+    gather_rows,
+    segment_count,
+    segment_max,
+    segment_mean,
+    segment_sum,
+    select_unique_rows,
+)
 
 
 def by_loop(values: Tensor, index: Tensor, num_segments: int, reduce: str) -> Tensor:
@@ -67,6 +75,13 @@ def test_gathered_rows_and_their_gradient_equal_plain_indexing():
     index = torch.tensor([5, 0, 0, 2, 5, 5])
     assert torch.equal(gather_rows(values, index), values[index])
     assert torch.autograd.gradcheck(lambda v: gather_rows(v, index), (values,))
+
+
+def test_uniquely_selected_rows_and_their_gradient_equal_plain_indexing():
+    values = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([5, 0, 2])
+    assert torch.equal(select_unique_rows(values, index), values[index])
+    assert torch.autograd.gradcheck(lambda v: select_unique_rows(v, index), (values,))
 
 
 def test_exchanged_rows_take_their_gradient_from_the_named_slot():

@@ -1,0 +1,280 @@
+"""The DSVT encoder: transformer blocks on sets of voxels, attention pooling between stages.
+
+Use::
+
+    config = DsvtConfig(channels=64, ffn_channels=128, heads=4, blocks=(1, 1), set_sizes=(36, 36),
+                        windows=((8, 8, 8), (8, 8, 1)), shifts=((0, 0, 0), (4, 4, 0)), strides=((1, 1, 8),))
+    encoder = Dsvt(config, grid_shape=(128, 128, 8))       # checks grid, windows and strides together
+    result = encoder(voxels)                               # voxels: SparseVoxels, feats (M, 64), shape (128, 128, 8)
+    result.stages[0]                                       # SparseVoxels: the M input cells, features after stage 0
+    result.output                                          # SparseVoxels: the pooled cells, features after the last stage
+    result.output.feats[result.token_of_voxel]             # (M, 64): each input voxel's final token
+    config.attention                                       # "bucketed" (fast) or "padded" (as published): same numbers
+
+Published sizes: `dsvt_config.waymo_voxel_192()` and its neighbours. State-dict keys are those of the reference below
+``backbone_3d.``. Source: "DSVT: Dynamic Sparse Voxel Transformer with Rotated Sets", CVPR 2023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from picture3d.errors import ConfigError
+from picture3d.models.dsvt_config import DsvtConfig, Triple
+from picture3d.models.row_norm import RowBatchNorm
+from picture3d.ops.attention import AttentionWeights, pooling_attention, set_attention
+from picture3d.ops.sets import PaddedSets, SetBuckets, Windows, padded_sets, set_buckets, set_partition, window_partition
+from picture3d.structures.voxels import SparseVoxels, voxel_keys
+
+__all__ = ["AttentionPooling", "Dsvt", "DsvtConfig", "DsvtOutput"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DsvtOutput:
+    """What every stage made of the voxels."""
+
+    stages: tuple[SparseVoxels, ...]  # after the last block of each stage, before pooling
+    token_of_voxel: Tensor  # (M,) int64: row of `output` into which each input voxel was pooled
+
+    @property
+    def output(self) -> SparseVoxels:
+        """The last stage's voxels."""
+        return self.stages[-1]
+
+
+class Dsvt(nn.Module):
+    """The encoder for one grid.
+
+    Args:
+        config: all sizes.
+        grid_shape: cells of the input grid along x, y, z.
+
+    Raises:
+        ConfigError: if grid, windows and strides do not fit each other; the message names values that would.
+    """
+
+    def __init__(self, config: DsvtConfig, grid_shape: Triple) -> None:
+        super().__init__()
+        self.config = config
+        self.stage_shapes = config.stage_shapes(grid_shape)
+        self.input_layer = _InputLayer(config, self.stage_shapes)
+        for stage, blocks in enumerate(config.blocks):
+            self.add_module(f"stage_{stage}", nn.ModuleList([_Block(config) for _ in range(blocks)]))
+            norms = nn.ModuleList([nn.LayerNorm(config.channels) for _ in range(blocks)])
+            self.add_module(f"residual_norm_stage_{stage}", norms)
+        for stage, stride in enumerate(config.strides):
+            pooling = AttentionPooling(config.channels, config.heads, stride, empty_slots_take_part=config.pooling_quirk)
+            self.add_module(f"stage_{stage}_reduction", pooling)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, voxels: SparseVoxels) -> DsvtOutput:
+        """Encodes M voxels of width `config.channels`; M may be 0, and samples may be empty.
+
+        Raises:
+            ConfigError: if the voxels are on another grid than the encoder was made for.
+        """
+        if voxels.shape != self.stage_shapes[0]:
+            raise ConfigError(f"dsvt: made for a grid of {self.stage_shapes[0]} cells, these voxels are on {voxels.shape}")
+        stages: list[SparseVoxels] = []
+        token_of_voxel = torch.arange(len(voxels), device=voxels.coords.device)
+        blocks_before = 0
+        for stage, blocks in enumerate(self.config.blocks):
+            if stage > 0:
+                voxels, pooled_row = self.get_submodule(f"stage_{stage - 1}_reduction")(voxels)
+                token_of_voxel = pooled_row[token_of_voxel]
+            voxels = voxels.with_feats(self._run_stage(stage, blocks_before, voxels))
+            stages.append(voxels)
+            blocks_before += blocks
+        return DsvtOutput(tuple(stages), token_of_voxel)
+
+    def stage_windows(self, stage: int, coords: Tensor) -> tuple[Windows, Windows]:
+        """The windows of both shifts of a stage for (M, 4) coordinates on its grid."""
+        return _both_windows(self.config, self.stage_shapes[stage], stage, coords)
+
+    def _run_stage(self, stage: int, blocks_before: int, voxels: SparseVoxels) -> Tensor:
+        config, x = self.config, voxels.feats
+        windows = self.stage_windows(stage, voxels.coords)
+        block_ids = range(blocks_before, blocks_before + config.blocks[stage])
+        sets = {
+            shift: make_set_layout(windows[shift], config.set_sizes[stage], config.attention)
+            for shift in sorted({block_id % 2 for block_id in block_ids})
+        }
+        blocks = cast(nn.ModuleList, self.get_submodule(f"stage_{stage}"))
+        norms = cast(nn.ModuleList, self.get_submodule(f"residual_norm_stage_{stage}"))
+        for number, (block_id, block, norm) in enumerate(zip(block_ids, blocks, norms, strict=True)):
+            shift = block_id % 2
+            # Two embeddings per block, one for each layer. The reference takes them in the windows of shift 0 and 1
+            # although both layers use the windows of `shift`; trained weights depend on it.
+            sources = windows if config.posembed_quirk else (windows[shift], windows[shift])
+            positions = [self.input_layer(stage, number, layer, source) for layer, source in enumerate(sources)]
+            if config.activation_checkpointing and self.training:
+                update = cast(Tensor, checkpoint(block, x, positions, sets[shift], use_reentrant=False))
+            else:
+                update = block(x, positions, sets[shift])
+            x = norm(update + x)
+        return x
+
+
+def make_set_layout(windows: Windows, set_size: int, attention: str) -> PaddedSets | SetBuckets:
+    """The sets of windows in the layout of the chosen form of attention, "padded" or "bucketed"."""
+    if attention == "padded":
+        return padded_sets(windows, set_size)
+    # On a GPU one block of full sets spares reading the lengths back; on a CPU every spare slot costs.
+    max_blocks = 1 if windows.window.is_cuda else 6
+    return set_buckets(set_partition(windows, set_size), max_blocks)
+
+
+def _both_windows(config: DsvtConfig, shape: Triple, stage: int, coords: Tensor) -> tuple[Windows, Windows]:
+    x, y, z = config.windows[stage]
+    fx, fy, fz = config.hybrid_factor
+    return (
+        window_partition(coords, shape, (x, y, z), config.shifts[0]),
+        window_partition(coords, shape, (x * fx, y * fy, z * fz), config.shifts[1]),
+    )
+
+
+class _InputLayer(nn.Module):
+    """The position embeddings of all stages, blocks and shifts."""
+
+    def __init__(self, config: DsvtConfig, shapes: tuple[Triple, ...]) -> None:
+        super().__init__()
+        self.posembed_layers = nn.ModuleList(
+            nn.ModuleList(
+                nn.ModuleList(_PositionEmbedding(2 if shape[2] == 1 else 3, config.channels) for _ in range(2))
+                for _ in range(blocks)
+            )
+            for blocks, shape in zip(config.blocks, shapes, strict=True)
+        )
+
+    def forward(self, stage: int, block: int, layer: int, windows: Windows) -> Tensor:
+        layers = cast(nn.ModuleList, cast(nn.ModuleList, self.posembed_layers[stage])[block])
+        return layers[layer](windows)
+
+
+class _PositionEmbedding(nn.Module):
+    def __init__(self, columns: int, channels: int) -> None:
+        super().__init__()
+        self.columns = columns
+        self.position_embedding_head = nn.Sequential(
+            nn.Linear(columns, channels), RowBatchNorm(channels), nn.ReLU(), nn.Linear(channels, channels)
+        )
+
+    def forward(self, windows: Windows) -> Tensor:
+        position = windows.position[:, : self.columns].float()
+        half = torch.tensor(windows.size[: self.columns], dtype=torch.float32, device=position.device) / 2
+        return self.position_embedding_head(position - half)
+
+
+class _Block(nn.Module):
+    """Two encoder layers: the first on the y-first sets, the second on the x-first sets of the same windows."""
+
+    def __init__(self, config: DsvtConfig) -> None:
+        super().__init__()
+        self.encoder_list = nn.ModuleList([_EncoderLayer(config) for _ in range(2)])
+
+    def forward(self, x: Tensor, positions: list[Tensor], sets: PaddedSets | SetBuckets) -> Tensor:
+        for axis, (layer, position) in enumerate(zip(self.encoder_list, positions, strict=True)):
+            x = layer(x, position, sets, axis)
+        return x
+
+
+class _EncoderLayer(nn.Module):
+    def __init__(self, config: DsvtConfig) -> None:
+        super().__init__()
+        self.win_attn = _AttentionAndFeedForward(config)
+        self.norm = nn.LayerNorm(config.channels)
+
+    def forward(self, x: Tensor, position: Tensor, sets: PaddedSets | SetBuckets, axis: int) -> Tensor:
+        return self.norm(self.win_attn(x, position, sets, axis) + x)
+
+
+class _AttentionAndFeedForward(nn.Module):
+    def __init__(self, config: DsvtConfig) -> None:
+        super().__init__()
+        self.self_attn = _AttentionParameters(config.channels, config.heads)
+        self.linear1 = nn.Linear(config.channels, config.ffn_channels)
+        self.linear2 = nn.Linear(config.ffn_channels, config.channels)
+        self.norm1 = nn.LayerNorm(config.channels)
+        self.norm2 = nn.LayerNorm(config.channels)
+
+    def forward(self, x: Tensor, position: Tensor, sets: PaddedSets | SetBuckets, axis: int) -> Tensor:
+        attended = set_attention(x + position, x, sets, axis, self.self_attn.weights())
+        hidden = self.norm1(x + attended)
+        return self.norm2(hidden + self.linear2(F.gelu(self.linear1(hidden))))
+
+
+class _AttentionParameters(nn.Module):
+    """Holds what `nn.MultiheadAttention` holds, under its keys."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
+        self.out_proj = nn.Linear(channels, channels)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def weights(self) -> AttentionWeights:
+        return AttentionWeights(self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias, self.heads)
+
+
+class AttentionPooling(nn.Module):
+    """Pools neighbouring voxels into one by attention over the slots of the pooled cell.
+
+    Args:
+        channels: width.
+        heads: heads of the attention.
+        stride: cells that become one, along x, y, z.
+        empty_slots_take_part: as published; False leaves empty slots out.
+    """
+
+    def __init__(self, channels: int, heads: int, stride: Triple, *, empty_slots_take_part: bool = True) -> None:
+        super().__init__()
+        self.stride, self.empty_slots_take_part = stride, empty_slots_take_part
+        self.pos_embedding = nn.Parameter(torch.empty(stride[0] * stride[1] * stride[2], channels))
+        nn.init.xavier_uniform_(self.pos_embedding)
+        self.norm = nn.LayerNorm(channels)
+        self.self_attn = _AttentionParameters(channels, heads)
+
+    def forward(self, voxels: SparseVoxels) -> tuple[SparseVoxels, Tensor]:
+        """Pooled voxels, and for each input voxel the row into which it went, (M,) int64."""
+        coords, shape, cell, slot = pool_coords(voxels, self.stride)
+        query, attended = pooling_attention(
+            voxels.feats,
+            cell,
+            slot,
+            coords.shape[0],
+            self.pos_embedding,
+            self.self_attn.weights(),
+            empty_slots_take_part=self.empty_slots_take_part,
+        )
+        return SparseVoxels(coords, self.norm(attended + query), shape, voxels.batch_size), cell
+
+
+def pool_coords(voxels: SparseVoxels, stride: Triple) -> tuple[Tensor, Triple, Tensor, Tensor]:
+    """Where voxels go when `stride` cells become one.
+
+    Returns:
+        coordinates (K, 4) int32 of the pooled cells, sorted by key; the pooled grid's shape; for each voxel its pooled row
+        (M,) int64 and its slot there (M,) int64, ``((x mod sx) * sy + y mod sy) * sz + z mod sz``.
+    """
+    step = torch.tensor(stride, device=voxels.coords.device)
+    cells = voxels.coords[:, 1:].to(torch.int64)
+    pooled, rest = cells // step, cells % step
+    slot = (rest[:, 0] * stride[1] + rest[:, 1]) * stride[2] + rest[:, 2]
+    x_cells, y_cells, z_cells = (-(-along // by) for along, by in zip(voxels.shape, stride, strict=True))
+    shape = (x_cells, y_cells, z_cells)
+    keys, row = torch.unique(voxel_keys(torch.cat([voxels.coords[:, :1].long(), pooled], 1), shape), return_inverse=True)
+    column, z = keys // z_cells, keys % z_cells
+    plane, y = column // y_cells, column % y_cells
+    coords = torch.stack([plane // x_cells, plane % x_cells, y, z], 1).to(torch.int32)
+    return coords, shape, row, slot

@@ -1,0 +1,149 @@
+"""Multi-head attention inside sets of voxels, and over the slots of a pooled cell.
+
+Two twins with one signature, chosen by the layout that is handed in: :class:`~picture3d.ops.sets.PaddedSets` is the published
+computation, kept for reading and testing; :class:`~picture3d.ops.sets.SetBuckets` gives the same numbers several times faster.
+Repeated keys are masked in the published form, so attention goes over the distinct voxels of a set in both.
+
+Source: "DSVT: Dynamic Sparse Voxel Transformer with Rotated Sets", CVPR 2023, sections 3.2 and 3.4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from picture3d.ops.scatter import exchange_rows, gather_rows, segment_count, segment_max, select_unique_rows
+from picture3d.ops.sets import PaddedSets, SetBuckets
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionWeights:
+    """The parameters of a multi-head attention of width C, in the layout of `torch.nn.MultiheadAttention`."""
+
+    in_weight: Tensor  # (3 C, C): query, key, value
+    in_bias: Tensor  # (3 C,)
+    out_weight: Tensor  # (C, C)
+    out_bias: Tensor  # (C,)
+    heads: int
+
+    @property
+    def channels(self) -> int:
+        """Width C."""
+        return self.out_bias.shape[0]
+
+
+def set_attention(
+    query_key: Tensor, value: Tensor, sets: PaddedSets | SetBuckets, axis: int, weights: AttentionWeights
+) -> Tensor:
+    """Every voxel attends to the voxels of its set.
+
+    Args:
+        query_key: (N, C) input of queries and keys (features plus position embedding).
+        value: (N, C) input of values.
+        sets: the sets of N voxels, in either layout.
+        axis: which of the two orders of `sets`.
+        weights: projections and number of heads.
+
+    Returns:
+        (N, C).
+    """
+    if isinstance(sets, PaddedSets):
+        return _padded_attention(query_key, value, sets.voxel[axis], sets.repeated[axis], weights)
+    return _bucketed_attention(query_key, value, sets, axis, weights)
+
+
+def _padded_attention(query_key: Tensor, value: Tensor, voxel: Tensor, repeated: Tensor, weights: AttentionWeights) -> Tensor:
+    sets, slots = voxel.shape
+    heads, width = weights.heads, weights.channels // weights.heads
+    rows = voxel.flatten()
+    qk_weight, v_weight = weights.in_weight.split([2 * weights.channels, weights.channels])
+    qk_bias, v_bias = weights.in_bias.split([2 * weights.channels, weights.channels])
+    query, key = F.linear(gather_rows(query_key, rows), qk_weight, qk_bias).view(sets, slots, 2, heads, width).unbind(2)
+    values = F.linear(gather_rows(value, rows), v_weight, v_bias).view(sets, slots, heads, width)
+    scores = torch.einsum("sqhw,skhw->shqk", query * width**-0.5, key)
+    scores = scores.float().masked_fill(repeated[:, None, None, :], float("-inf"))
+    mixed = torch.einsum("shqk,skhw->sqhw", scores.softmax(-1).to(values.dtype), values)
+    out = F.linear(mixed.reshape(sets * slots, -1), weights.out_weight, weights.out_bias)
+    first = (~repeated).flatten().nonzero().squeeze(1)  # a voxel takes the output of its first slot
+    slot_of_voxel = torch.empty(value.shape[0], dtype=torch.int64, device=value.device)
+    slot_of_voxel[rows[first]] = first
+    return select_unique_rows(out, slot_of_voxel)
+
+
+def _bucketed_attention(query_key: Tensor, value: Tensor, sets: SetBuckets, axis: int, weights: AttentionWeights) -> Tensor:
+    channels, heads = weights.channels, weights.heads
+    width = channels // heads
+    voxel_of_slot, slot_of_voxel = sets.voxel_of_slot[axis], sets.slot_of_voxel[axis]
+    qk_weight, v_weight = weights.in_weight.split([2 * channels, channels])
+    qk_bias, v_bias = weights.in_bias.split([2 * channels, channels])
+    # Project the N voxels once, then move them into their slots. A spare slot is masked as a key and dropped as a query,
+    # so no gradient comes back from it, and the backward of the move is a plain gather too.
+    qk_slots = exchange_rows(F.linear(query_key, qk_weight, qk_bias), voxel_of_slot, slot_of_voxel)
+    v_slots = exchange_rows(F.linear(value, v_weight, v_bias), voxel_of_slot, slot_of_voxel)
+    sizes = [count * slots for count, slots, _ in sets.blocks]
+    mixed = []
+    for (count, slots, any_spare), qk, v, spare in zip(
+        sets.blocks, qk_slots.split(sizes), v_slots.split(sizes), sets.spare.split(sizes), strict=True
+    ):
+        query, key = qk.view(count, slots, 2, heads, width).permute(2, 0, 3, 1, 4)
+        values = v.view(count, slots, heads, width).transpose(1, 2)
+        mask = ~spare.view(count, 1, 1, slots) if any_spare else None
+        attended = F.scaled_dot_product_attention(query, key, values, attn_mask=mask)
+        mixed.append(attended.transpose(1, 2).reshape(count * slots, channels))
+    slots_out = torch.cat(mixed) if mixed else v_slots
+    return F.linear(select_unique_rows(slots_out, slot_of_voxel), weights.out_weight, weights.out_bias)
+
+
+def pooling_attention(
+    feats: Tensor,
+    cell: Tensor,
+    slot: Tensor,
+    num_cells: int,
+    slot_embedding: Tensor,
+    weights: AttentionWeights,
+    *,
+    empty_slots_take_part: bool,
+) -> tuple[Tensor, Tensor]:
+    """Pools the voxels of each cell: the maximum of its slots asks, and all its slots answer.
+
+    Keys are slot features plus the slot's embedding, values are slot features. In the published form an empty slot takes
+    part as a voxel of zeros, in the maximum (which is then never negative) and in the attention.
+
+    Args:
+        feats: (N, C).
+        cell: (N,) int64, pooled cell of a voxel.
+        slot: (N,) int64 in [0, P), its slot there; no two voxels share cell and slot.
+        num_cells: number of pooled cells M; none is empty.
+        slot_embedding: (P, C).
+        weights: projections and number of heads.
+        empty_slots_take_part: True = as published.
+
+    Returns:
+        query (M, C) and attended (M, C).
+    """
+    slots, channels = slot_embedding.shape
+    heads, width = weights.heads, weights.channels // weights.heads
+    query = segment_max(feats, cell, num_cells)
+    if empty_slots_take_part:
+        has_hole = segment_count(cell, num_cells) < slots
+        query = torch.where(has_hole[:, None], query.clamp(min=0), query)
+    q_weight, k_weight, v_weight = weights.in_weight.chunk(3)
+    q_bias, k_bias, v_bias = weights.in_bias.chunk(3)
+    asked = F.linear(query, q_weight, q_bias).view(num_cells, 1, heads, width)
+    # Only occupied slots are projected; an empty slot's key is its projected embedding and its value the bias.
+    place = cell * slots + slot
+    keys = F.linear(feats + gather_rows(slot_embedding, slot).to(feats.dtype), k_weight, k_bias)
+    empty_keys = F.linear(slot_embedding, k_weight, k_bias).to(keys.dtype)
+    keys = empty_keys.repeat(num_cells, 1).index_copy(0, place, keys).view(num_cells, slots, heads, width)
+    values = F.linear(feats, v_weight, v_bias)
+    values = v_bias.to(values.dtype).expand(num_cells * slots, channels).index_copy(0, place, values)
+    scores = (asked * keys).sum(-1).float() * width**-0.5
+    if not empty_slots_take_part:
+        empty = torch.ones(num_cells * slots, dtype=torch.bool, device=feats.device).index_fill_(0, place, False)
+        scores = scores.masked_fill(empty.view(num_cells, slots, 1), float("-inf"))
+    share = scores.softmax(1).to(values.dtype)[..., None]
+    mixed = (share * values.view(num_cells, slots, heads, width)).sum(1)
+    return query, F.linear(mixed.view(num_cells, channels), weights.out_weight, weights.out_bias)
