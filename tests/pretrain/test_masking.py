@@ -45,7 +45,7 @@ def statistics_with(size: list[int], dispersion: list[float], seed: int = 0) -> 
     return ClassStatistics(centres, torch.tensor([size]), torch.tensor([dispersion]))
 
 
-# --- the published formula, in plain loops -------------------------------------------------------------------------------
+# --- the published formula, in plain loops ----------------------------------------------------------------------------
 
 
 def greedy_groups(centres: np.ndarray, sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -131,7 +131,7 @@ def test_superclasses_without_members_are_grouped_last():
     assert tuple((group[present] == 0).nonzero().squeeze(1).tolist()) == expected
 
 
-# --- reference numbers ---------------------------------------------------------------------------------------------------
+# --- reference numbers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", golden_files("openpcdet", "i2mask"))
@@ -157,7 +157,7 @@ def test_golden_groups_dispersion_and_counts(path: Path):
     assert hidden_per_class(hidden, superclass) == counts.tolist()
 
 
-# --- rounding, the draw --------------------------------------------------------------------------------------------------
+# --- rounding, the draw -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "ratio", "count"), [(200, 0.9, 180), (10, 0.45, 4), (1, 0.9, 0), (0, 0.9, 0), (20, 0.45, 9)])
@@ -191,7 +191,7 @@ def test_the_draw_is_a_function_of_the_generator_and_uniform():
     assert (often - 0.4).abs().max() < 0.05  # five standard deviations
 
 
-# --- what the formula hides, and its edges ---------------------------------------------------------------------------------
+# --- what the formula hides, and its edges ----------------------------------------------------------------------------
 
 
 def test_a_single_loose_superclass_is_never_hidden_by_the_formula():
@@ -270,7 +270,7 @@ def test_i2mask_without_a_teacher_says_what_to_do():
         choose_hidden(None, one_sample(3), one_sample(3), 1, MaskConfig(), generator())
 
 
-# --- matched realised ratio --------------------------------------------------------------------------------------------------
+# --- matched realised ratio -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", [0.2, 0.4, 0.6, 0.75])
@@ -298,7 +298,7 @@ def test_scaling_a_sample_without_voxels_is_harmless():
     assert scaled.isfinite().all()
 
 
-# --- settings ----------------------------------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
 def test_groups_must_add_up_to_the_superclasses():

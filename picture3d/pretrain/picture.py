@@ -1,0 +1,269 @@
+"""PICTURE pre-training, whole. Read `pretrain_step` first: one line per box of the paper's figure.
+
+Source: "Point Cloud Reconstruction Is Insufficient to Learn 3D Representations" (PICTURE), ACM Multimedia 2024. What differs
+from the published code, and why: `docs/paper_to_code.md`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from picture3d.errors import ConfigError
+from picture3d.models.dsvt import Dsvt, DsvtConfig, DsvtOutput
+from picture3d.models.mae_decoder import LightDecoder, VoxelDecoder
+from picture3d.models.voxel_encoder import EncodedVoxels, VoxelEncoder
+from picture3d.ops.scatter import gather_rows, select_unique_rows
+from picture3d.pretrain.losses import LossConfig, coordinates_loss, features_loss, target_points_m, voxel_centers_m
+from picture3d.pretrain.masking import MaskConfig, choose_hidden
+from picture3d.pretrain.targets import VoxelTargets, voxel_targets
+from picture3d.structures.batch import PointBatch
+from picture3d.structures.voxels import SparseVoxels, VoxelGrid
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PretrainStep:
+    """What one step computed. M voxels, V of them hidden; P points predicted, T true points, D teacher features."""
+
+    coords: Tensor  # (M, 4) int32: batch, x, y, z
+    hidden: Tensor  # (M,) bool
+    targets: VoxelTargets  # M rows
+    predicted_points_m: Tensor | None  # (V, P, 3) relative to the voxel centre; None where their loss has weight 0
+    target_points_m: Tensor | None  # (V, T, 3) relative to the voxel centre
+    predicted_features: Tensor | None  # (V, D); None where their loss has weight 0
+    losses: dict[str, Tensor]  # scalars: "total" and, not yet weighted, "coordinates" and "features"
+
+
+def pretrain_step(
+    model: Picture, batch: PointBatch, mask: MaskConfig, loss: LossConfig, generator: torch.Generator
+) -> PretrainStep:
+    """One forward pass of PICTURE, losses included.
+
+    Args:
+        model: the network.
+        batch: points on the network's device, with teacher targets where mask or losses need them.
+        mask: what to hide.
+        loss: what to reconstruct.
+        generator: source of the mask, on the network's device.
+
+    Raises:
+        ConfigError: if the mask or a loss needs what the batch or the network does not have.
+    """
+    embedded = model.embed(batch)  # points -> voxels, all of them
+    coords = embedded.voxels.coords
+    targets = voxel_targets(batch, embedded.assignment, mask, generator)  # what the teacher says of each voxel
+    hidden = choose_hidden(targets.features, targets.superclass, coords[:, 0].long(), batch.batch_size, mask, generator)
+    latent = model.encode(embedded.voxels.select(~hidden))  # the encoder never sees a hidden voxel
+    tokens = model.decode(latent, coords, hidden)  # (V, C): hidden voxels, from visible tokens and mask tokens
+
+    rows = hidden.nonzero().squeeze(1)
+    losses: dict[str, Tensor] = {}
+    points = true_points = features = None
+    if loss.coordinates_weight > 0:
+        points = model.dense_head.points_m(tokens)
+        true_points = target_points_m(batch.xyz, embedded.assignment, model.grid, rows, loss.num_target_points)
+        losses["coordinates"] = coordinates_loss(points, true_points)
+    if loss.features_weight > 0:
+        features = model.dense_head.teacher_features(tokens)
+        wanted = _wanted_features(targets, features)
+        losses["features"] = features_loss(features, wanted[rows], targets.has_features[rows])
+    weights = {"coordinates": loss.coordinates_weight, "features": loss.features_weight}
+    total = sum((weights[name] * value for name, value in losses.items()), start=tokens.new_zeros((), dtype=torch.float32))
+    return PretrainStep(coords, hidden, targets, points, true_points, features, {"total": total, **losses})
+
+
+class Picture(nn.Module):
+    """The network of pre-training: point encoder, encoder on visible voxels, decoder, two predictors.
+
+    State-dict keys are the reference's: the encoder that fine-tuning loads is below ``vfe.`` and ``backbone_3d.``, the decoder
+    below ``backbone_2d.``, the predictors below ``dense_head.``.
+
+    Args:
+        grid: range and voxel size.
+        in_features: point features used beside x, y, z.
+        backbone: the encoder; its width is the width of everything.
+        teacher_channels: D, length of the teacher's features; None for a network without that predictor.
+        decoder: voxel: one token per voxel; light: the published one, one token per pillar.
+        decoder_blocks: blocks of the voxel decoder.
+        num_predicted_points: P, points predicted per hidden voxel.
+        pillars: encode pillars instead of voxels.
+
+    Raises:
+        ConfigError: if grid, windows and strides do not fit each other.
+    """
+
+    def __init__(
+        self,
+        grid: VoxelGrid,
+        in_features: int,
+        backbone: DsvtConfig,
+        *,
+        teacher_channels: int | None = 64,
+        decoder: Literal["voxel", "light"] = "voxel",
+        decoder_blocks: int = 2,
+        num_predicted_points: int = 16,
+        pillars: bool = False,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.vfe = VoxelEncoder(in_features, backbone.channels, grid, pillars)
+        shape = self.vfe.grid_shape
+        self.backbone_3d = Dsvt(backbone, shape)
+        self.backbone_2d = (
+            VoxelDecoder(backbone, shape, decoder_blocks)
+            if decoder == "voxel"
+            else LightDecoder(
+                backbone.channels,
+                shape,
+                ffn_channels=backbone.ffn_channels,
+                heads=backbone.heads,
+                set_size=backbone.set_sizes[0],
+                window=backbone.windows[0][:2],
+                shift=backbone.shifts[1][:2],
+            )
+        )
+        self.dense_head = Predictors(backbone.channels, num_predicted_points, teacher_channels)
+
+    def embed(self, batch: PointBatch) -> EncodedVoxels:
+        """Points to voxel features, hidden and visible ones alike."""
+        return self.vfe(batch)
+
+    def encode(self, visible: SparseVoxels) -> DsvtOutput:
+        """The encoder on visible voxels; there may be none."""
+        return self.backbone_3d(visible)
+
+    def decode(self, latent: DsvtOutput, coords: Tensor, hidden: Tensor) -> Tensor:
+        """(V, C) features of the hidden voxels among those at (M, 4) `coords`, in their order."""
+        return select_unique_rows(self.backbone_2d(latent, coords, hidden), hidden.nonzero().squeeze(1))
+
+    def features(self, batch: PointBatch) -> SparseVoxels:
+        """The encoder's view of whole sweeps, nothing hidden: each voxel's pillar token joined with its first-stage feature.
+
+        Returns:
+            (M, 2 C) features at all occupied voxels.
+        """
+        voxels = self.embed(batch).voxels
+        latent = self.encode(voxels)
+        pillar = gather_rows(latent.output.feats, latent.token_of_voxel)
+        return voxels.with_feats(torch.cat([pillar, latent.stages[0].feats], dim=1))
+
+
+class Predictors(nn.Module):
+    """Two linear layers on the decoder's features, computed in float32: points must be right to the centimetre."""
+
+    def __init__(self, channels: int, num_points: int, teacher_channels: int | None) -> None:
+        super().__init__()
+        self.decoder_pred = nn.Linear(channels, 3 * num_points)
+        self.decoder_seal = None if teacher_channels is None else nn.Linear(channels, teacher_channels)
+
+    def points_m(self, tokens: Tensor) -> Tensor:
+        """(V, C) to (V, P, 3) points in metres, relative to the voxel's centre."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.decoder_pred(tokens.float()).unflatten(1, (-1, 3))
+
+    def teacher_features(self, tokens: Tensor) -> Tensor:
+        """(V, C) to (V, D) teacher features.
+
+        Raises:
+            ConfigError: if the network was built without this predictor.
+        """
+        if self.decoder_seal is None:
+            raise ConfigError(
+                "loss.features_weight is above 0, but the network predicts no teacher features: set it to 0, or set "
+                "teacher_channels to the length of the teacher's features"
+            )
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.decoder_seal(tokens.float())
+
+
+def _wanted_features(targets: VoxelTargets, predicted: Tensor) -> Tensor:
+    if targets.features is None:
+        raise ConfigError(
+            "loss.features_weight is above 0 and the batch has no teacher features. Run `picture3d targets` first and name the "
+            "store in the data settings, or set loss.features_weight=0 to reconstruct points alone."
+        )
+    if targets.features.shape[1] != predicted.shape[1]:
+        raise ConfigError(
+            f"the teacher's features have {targets.features.shape[1]} columns, the network predicts {predicted.shape[1]}: set "
+            f"teacher_channels={targets.features.shape[1]}"
+        )
+    return targets.features
+
+
+class PretrainTask:
+    """PICTURE as the training loop sees it.
+
+    Args:
+        module: the network.
+        mask: what to hide.
+        loss: what to reconstruct.
+    """
+
+    def __init__(self, module: Picture, mask: MaskConfig, loss: LossConfig) -> None:
+        self._module, self.mask, self.loss_config = module, mask, loss
+
+    @property
+    def module(self) -> Picture:
+        """The network."""
+        return self._module
+
+    def loss(self, batch: PointBatch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Scalars by name; "total" is minimised.
+
+        "coordinates" (square metres) and "features" are not weighted and are there if their weight is above 0;
+        "hidden_share" is the share of all voxels that was really hidden; "hidden_voxels" and "voxels_without_target" are counts
+        over the batch.
+        """
+        step = pretrain_step(self.module, batch, self.mask, self.loss_config, generator)
+        hidden = step.hidden.sum().float()
+        return {
+            **step.losses,
+            "hidden_share": hidden / max(1, len(step.hidden)),
+            "hidden_voxels": hidden,
+            "voxels_without_target": (~step.targets.has_features).sum().float(),
+        }
+
+    def reconstruct(self, batch: PointBatch, generator: torch.Generator) -> Reconstruction:
+        """Hides and reconstructs a batch for looking at: no gradients, running statistics in the norms."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                step = pretrain_step(self.module, batch, self.mask, self.loss_config, generator)
+        finally:
+            self.module.train(training)
+        centers = voxel_centers_m(step.coords, self.module.grid)
+        rows = step.hidden.nonzero().squeeze(1)
+
+        def placed(points_m: Tensor | None) -> Tensor | None:
+            return None if points_m is None else points_m + centers[rows, None]
+
+        return Reconstruction(
+            voxel_coords=step.coords,
+            voxel_centers_m=centers,
+            hidden=step.hidden,
+            superclass=step.targets.superclass,
+            target_features=step.targets.features,
+            has_features=step.targets.has_features,
+            predicted_points_m=placed(step.predicted_points_m),
+            target_points_m=placed(step.target_points_m),
+            predicted_features=step.predicted_features,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reconstruction:
+    """Hidden voxels and what was made of them, in the LiDAR frame. M voxels of a batch, V of them hidden."""
+
+    voxel_coords: Tensor  # (M, 4) int32: batch, x, y, z
+    voxel_centers_m: Tensor  # (M, 3) float32
+    hidden: Tensor  # (M,) bool
+    superclass: Tensor  # (M,) int64; -1 where a voxel has no target
+    target_features: Tensor | None  # (M, D) float32: the teacher's
+    has_features: Tensor  # (M,) bool: the teacher knows this voxel
+    predicted_points_m: Tensor | None  # (V, P, 3) float32; row i is the i-th hidden voxel; None if not predicted
+    target_points_m: Tensor | None  # (V, T, 3) float32: true points, repeated cyclically
+    predicted_features: Tensor | None  # (V, D) float32; None if not predicted
