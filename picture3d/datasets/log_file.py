@@ -139,6 +139,13 @@ class LogWriter(AbstractContextManager["LogWriter"]):
         self.summary = summary
         return None
 
+    @property
+    def finished(self) -> LogSummary:
+        """What was written; known once the ``with`` block has ended."""
+        if self.summary is None:
+            raise ValueError("the log is not finished; its summary is known after the `with` block")
+        return self.summary
+
     def add(self, frame: Frame) -> None:
         """Appends the next frame.
 
@@ -376,8 +383,11 @@ def _columns_of(frame: Frame, place: str) -> dict[str, NDArray[np.generic]]:
         shape = (len(frame.points),) if width == 1 else (len(frame.points), width)
         if dtype_name(column.dtype) != dtype or column.shape != shape:
             raise DataError(f"{place}, column {name}: {column.dtype} {column.shape}, expected {np.dtype(dtype).name} {shape}")
-    if not np.isfinite(frame.points.xyz).all():
-        raise DataError(f"{place}, column xyz: holds NaN or infinity; drop such points (and their labels) before storing")
+    for name in ("xyz", "intensity"):
+        if not np.isfinite(columns[name]).all():
+            raise DataError(
+                f"{place}, column {name}: holds NaN or infinity; drop such points (and their labels) before storing"
+            )
     if frame.boxes is not None:
         boxes = frame.boxes
         names = json.dumps([list(boxes.category), list(boxes.track_id)], separators=(",", ":")).encode()

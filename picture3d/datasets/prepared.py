@@ -27,6 +27,7 @@ __all__ = [
     "finished_log",
     "log_path",
     "open_for_writing",
+    "summarise",
     "write_dataset",
 ]
 
@@ -227,6 +228,25 @@ def write_dataset(
         "logs": {log: {**asdict(logs[log]), "keyframes": list(logs[log].keyframes)} for log in sorted(logs)},
     }
     write_json(root / "dataset.json", tree)
+
+
+def summarise(
+    root: Path, logs: Mapping[str, LogSummary], *, logs_made: int, missing_files: int = 0, dropped_points: int = 0
+) -> PreparedSummary:
+    """Adds up what the logs hold."""
+    summaries = logs.values()
+    return PreparedSummary(
+        root=root,
+        logs=len(logs),
+        logs_made=logs_made,
+        frames=sum(s.frames for s in summaries),
+        keyframes=sum(len(s.keyframes) for s in summaries),
+        points=sum(s.points for s in summaries),
+        labelled=sum(s.labelled for s in summaries),
+        boxes=sum(s.boxes for s in summaries),
+        missing_files=missing_files,
+        dropped_points=dropped_points,
+    )
 
 
 def _identity(header: LogHeader) -> dict[str, Any]:

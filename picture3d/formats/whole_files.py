@@ -73,16 +73,27 @@ def read_json(path: Path, *, max_bytes: int) -> Any:
         DataError: if the file is missing, larger than `max_bytes`, or not JSON.
     """
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise DataError(f"{path}: {size} bytes, more than the {max_bytes} such a file may have. It was not read.")
-        return json.loads(path.read_bytes())
+        return json.loads(read_bounded(path, max_bytes=max_bytes))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error}). The file is damaged or cut off; write it again.") from None
+
+
+def read_bounded(path: Path, *, max_bytes: int) -> bytes:
+    """The bytes of `path`.
+
+    Raises:
+        DataError: if the file is missing, larger than `max_bytes`, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file.") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error}). The file is damaged or cut off; write it again.") from None
+    if len(data) > max_bytes:
+        raise DataError(f"{path}: more than the {max_bytes} bytes such a file may have. It was not used.")
+    return data
 
 
 def _sync_folder(folder: Path) -> None:

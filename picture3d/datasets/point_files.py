@@ -1,0 +1,371 @@
+"""A folder of the user's own sweeps -> prepared frames. Labels and poses are optional."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from picture3d.datasets.label_sets import label_set as find_label_set
+from picture3d.datasets.prepared import (
+    LogHeader,
+    LogSummary,
+    LogWriter,
+    PreparedSummary,
+    finished_log,
+    log_path,
+    open_for_writing,
+    summarise,
+    write_dataset,
+)
+from picture3d.errors import DataError
+from picture3d.formats.columns import PLANES, Codec
+from picture3d.formats.pcd import read_pcd
+from picture3d.formats.ply import read_ply
+from picture3d.formats.point_tables import (
+    MAX_FILE_BYTES,
+    MAX_TEXT_BYTES,
+    PointTable,
+    parse_layout,
+    read_bin,
+    read_npy,
+    read_npy_array,
+)
+from picture3d.formats.whole_files import read_bounded
+from picture3d.structures.frame import Frame
+from picture3d.structures.points import IntensityUnit, PointCloud
+from picture3d.structures.poses import Pose
+
+SWEEP_SUFFIXES = (".bin", ".pcd", ".npy", ".ply")
+LABEL_SUFFIXES = (".npy", ".label", ".bin", ".txt")
+_PREPARER = "points/1"  # raise when the same files would give other prepared frames
+
+# Names under which common tools write a column; the first one present is taken.
+_INTENSITY = ("intensity", "i", "reflectance", "reflectivity", "remission", "scalar_intensity", "scalar_Intensity")
+_RING = ("ring", "laser_number", "laser_id", "channel", "scalar_ring")
+
+
+@dataclass(frozen=True, slots=True)
+class _SweepFile:
+    path: Path
+    label: Path | None
+    pose: Pose | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    header: LogHeader
+    sweeps: tuple[_SweepFile, ...]
+
+
+def prepare_points(
+    folder: Path,
+    out: Path,
+    *,
+    layout: str = "x,y,z,intensity",
+    intensity_unit: IntensityUnit | str = IntensityUnit.UNKNOWN,
+    label_dir: Path | None = None,
+    label_set: str | None = None,
+    poses: Path | None = None,
+    rate_hz: float = 10.0,
+    sweeps: int = 9,
+    val: int | Sequence[str] = 0,
+    name: str = "points",
+    xyz_codec: Codec = PLANES,
+    progress: Callable[[int, int], None] | None = None,
+) -> PreparedSummary:
+    """Prepares sweeps in the order of their names (numbers in names count as numbers); a rerun makes only what is missing.
+
+    Sweeps directly in `folder` form one log; otherwise every sub-folder with sweeps is a log. All frames are keyframes.
+    Points with NaN or infinite values are left out, with their labels, and counted. An empty sweep is a frame.
+
+    Args:
+        folder: the sweeps: ``.bin`` (float32), ``.npy``, ``.pcd``, ``.ply``, mixed as you like.
+        out: folder for the prepared frames.
+        layout: columns of ``.bin`` and ``.npy`` files in their order; ``-`` leaves one out. Known: x y z intensity ring
+            elongation time_s. ``.pcd``, ``.ply`` and structured ``.npy`` name their columns themselves.
+            Without intensity it is 0 everywhere.
+        intensity_unit: what the intensity column holds.
+        label_dir: folder of label files named as the sweeps (in sub-folders named as the logs, if there are several): ``.npy``
+            or ``.txt`` integers, ``.bin`` bytes, ``.label`` uint32 (class in the low 16 bits, instance in the high ones).
+        label_set: what the labels mean, see ``label_sets``; ``plain`` takes them as training classes, 0 ignored.
+        poses: text file with 12 numbers per sweep and line, ``global_from_lidar`` row by row (KITTI); with several logs a
+            folder of ``<log>.txt``. Without poses every sweep stands alone.
+        rate_hz: sweeps per second, for the timestamps.
+        sweeps: how many earlier sweeps each frame is linked to, if there are poses.
+        val: the validation split: how many of the last sweeps (of one log) or logs, or their names without suffix. The
+            held-out sweeps of a single log become a log of their own, ``<log>-val``.
+        name: name of the dataset.
+        xyz_codec: how coordinates are stored; the default is lossless.
+        progress: called with (frames done, frames in all).
+
+    Raises:
+        DataError: if there is nothing to read, or a file is damaged or does not fit its labels or poses.
+    """
+    columns = parse_layout(layout)
+    unit = _unit(intensity_unit)
+    if label_dir is None and label_set is not None:
+        raise DataError(f"label set '{label_set}' was given without a folder of labels (--labels)")
+    meaning = None if label_dir is None else find_label_set(label_set or "plain").name
+    source = {"preparer": _PREPARER, "layout": layout, "intensity": str(unit), "rate_hz": rate_hz, "sweeps": sweeps}
+    plans, splits = _split(_find_logs(folder, label_dir, poses), val, folder)
+    if label_dir is not None and not any(sweep.label for sweeps in plans.values() for sweep in sweeps):
+        raise DataError(f"{label_dir}: no label file has the name of a sweep. Expected for example {_expected_label(plans)}.")
+    logs: dict[str, LogSummary] = {}
+    total = sum(len(sweeps) for sweeps in plans.values())
+    done = dropped = made = 0
+    open_for_writing(out)
+    for log, files in plans.items():
+        header = LogHeader(log, name, meaning, {**source, "files_crc32c": _fingerprint(files)})
+        summary = finished_log(out, header)
+        if summary is None:
+            with LogWriter(log_path(out, log), header, xyz_codec=xyz_codec) as writer:
+                for index, file in enumerate(files):
+                    frame, lost = _frame(log, index, file, columns, unit, rate_hz, sweeps)
+                    writer.add(frame)
+                    dropped += lost
+                    if progress is not None:
+                        progress(done + index + 1, total)
+            summary = writer.finished
+            made += 1
+        logs[log] = summary
+        done += len(files)
+        if progress is not None:
+            progress(done, total)
+    write_dataset(out, name=name, label_set_name=meaning, splits=splits, logs=logs)
+    return summarise(out, logs, logs_made=made, dropped_points=dropped)
+
+
+def read_points(path: Path, layout: tuple[str, ...], unit: IntensityUnit) -> PointCloud:
+    """One sweep file; the suffix says which kind. Non-finite points are still there.
+
+    Raises:
+        DataError: if the file is damaged or has no x, y, z.
+    """
+    match path.suffix.lower():
+        case ".bin":
+            table = read_bin(path, layout)
+        case ".npy":
+            table = read_npy(path, layout)
+        case ".pcd":
+            table = read_pcd(path)
+        case ".ply":
+            table = read_ply(path)
+        case other:
+            raise DataError(f"{path}: '{other}' is none of {', '.join(SWEEP_SUFFIXES)}")
+    absent = [axis for axis in "xyz" if axis not in table]
+    if absent:
+        raise DataError(f"{path}: has no column {', '.join(absent)}; its columns are {', '.join(table) or 'none'}.")
+    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is counted and left out later
+        xyz = np.stack([table[axis].astype(np.float32) for axis in "xyz"], axis=1)
+        intensity = _column(table, _INTENSITY, np.float32)
+        ring = _column(table, _RING, np.float32)
+        return PointCloud(
+            xyz=xyz,
+            intensity=np.zeros(len(xyz), np.float32) if intensity is None else intensity,
+            intensity_unit=unit if intensity is not None else IntensityUnit.UNIT,
+            ring=None if ring is None else np.nan_to_num(np.clip(ring, -1, 32767), nan=-1).astype(np.int16),
+            elongation=_column(table, ("elongation",), np.float32),
+            time_s=_column(table, ("time_s",), np.float32),
+        )
+
+
+def read_labels(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint16] | None]:
+    """(N,) class ids and, from ``.label`` files, (N,) instance ids.
+
+    Raises:
+        DataError: if the file is damaged, or a class id is not in 0..255.
+    """
+    instances = None
+    match path.suffix.lower():
+        case ".npy":
+            labels = read_npy_array(path)
+        case ".label":
+            data = read_bounded(path, max_bytes=MAX_FILE_BYTES)
+            if len(data) % 4:
+                raise DataError(f"{path}: {len(data)} bytes are no whole number of uint32; the file is cut off.")
+            both = np.frombuffer(data, "<u4")
+            labels, instances = both & 0xFFFF, (both >> 16).astype(np.uint16)
+        case ".bin":
+            labels = np.frombuffer(read_bounded(path, max_bytes=MAX_FILE_BYTES), np.uint8)
+        case _:
+            try:
+                labels = np.array(read_bounded(path, max_bytes=MAX_TEXT_BYTES).split(), dtype=np.float64)
+            except ValueError as error:
+                raise DataError(f"{path}: holds something else than integers ({error}).") from None
+    if labels.ndim != 1 or labels.dtype.kind not in "fiu":
+        raise DataError(f"{path}: holds {labels.dtype} {labels.shape}, expected one integer per point.")
+    with np.errstate(invalid="ignore"):
+        classes = labels.astype(np.uint8)
+    wrong = np.flatnonzero(classes != labels)
+    if len(wrong):
+        raise DataError(
+            f"{path}: label {labels[wrong[0]]} of point {wrong[0]} is not an integer in 0..255; map the labels first."
+        )
+    return classes, instances
+
+
+def read_poses(path: Path) -> list[Pose]:
+    """Poses of a text file, one per line: 12 numbers, rotation and translation row by row.
+
+    Rotations are made orthonormal again, since text keeps few digits.
+
+    Raises:
+        DataError: naming the line that is not a rigid transform.
+    """
+    found = []
+    for number, line in enumerate(read_bounded(path, max_bytes=MAX_TEXT_BYTES).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            matrix = np.array([float(word) for word in line.replace(b",", b" ").split()]).reshape(3, 4)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: expected 12 numbers ({error}).") from None
+        rotation = matrix[:, :3]
+        if (
+            not np.isfinite(matrix).all()
+            or np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-2
+            or np.linalg.det(rotation) < 0
+        ):
+            raise DataError(f"{path}, line {number}: is not a rotation and a translation (rows of a 3 x 4 matrix).")
+        u, _, vt = np.linalg.svd(rotation)
+        found.append(Pose(u @ vt, matrix[:, 3]))
+    return found
+
+
+def _frame(
+    log: str, index: int, file: _SweepFile, layout: tuple[str, ...], unit: IntensityUnit, rate_hz: float, sweeps: int
+) -> tuple[Frame, int]:
+    """The frame, and how many of its points were left out because they are not finite."""
+    points = read_points(file.path, layout, unit)
+    labels = instances = None
+    if file.label is not None:
+        labels, instances = read_labels(file.label)
+        if len(labels) != len(points):
+            raise DataError(f"{file.label}: {len(labels)} labels for the {len(points)} points of {file.path.name}.")
+    finite = np.isfinite(points.xyz).all(axis=1) & np.isfinite(points.intensity)
+    lost = len(points) - int(finite.sum())
+    if lost:
+        points = points.select(finite)
+        labels = None if labels is None else labels[finite]
+        instances = None if instances is None else instances[finite]
+    frame = Frame(
+        log=log,
+        index=index,
+        token=file.path.name,
+        timestamp_us=round(index * 1e6 / rate_hz),
+        points=points,
+        global_from_ego=file.pose,
+        ego_from_lidar=Pose.identity(),
+        labels=labels,
+        instances=instances,
+        previous=tuple(range(index - 1, max(-1, index - 1 - sweeps), -1)) if file.pose is not None else (),
+    )
+    return frame, lost
+
+
+def _find_logs(folder: Path, label_dir: Path | None, poses: Path | None) -> dict[str, list[_SweepFile]]:
+    """Log -> its sweeps in order."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of sweeps.")
+    if label_dir is not None and (not label_dir.is_dir() or label_dir.resolve() == folder.resolve()):
+        raise DataError(f"{label_dir}: labels need a folder of their own, beside the sweeps.")
+    sweeps = _sweep_files(folder)
+    if sweeps:
+        trajectory = None if poses is None else poses
+        return {folder.resolve().name: _joined(sweeps, label_dir, trajectory)}
+    logs = {}
+    for sub in sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: _natural(path.name)):
+        sweeps = _sweep_files(sub)
+        if sweeps:
+            labels = None if label_dir is None else label_dir / sub.name
+            logs[sub.name] = _joined(sweeps, labels, None if poses is None else poses / f"{sub.name}.txt")
+    if not logs:
+        raise DataError(f"{folder}: neither it nor its sub-folders hold sweeps ({', '.join(SWEEP_SUFFIXES)}).")
+    return logs
+
+
+def _sweep_files(folder: Path) -> list[Path]:
+    found = (p for p in folder.iterdir() if p.suffix.lower() in SWEEP_SUFFIXES and not p.name.startswith(".") and p.is_file())
+    return sorted(found, key=lambda path: _natural(path.name))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key under which ``sweep2`` comes before ``sweep10``."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)] + [(0, name)]
+
+
+def _stem(path: Path) -> str:
+    return path.name[: -len(path.suffix)].removesuffix(".pcd")
+
+
+def _joined(sweeps: list[Path], label_dir: Path | None, poses: Path | None) -> list[_SweepFile]:
+    """Sweep files with their label files and poses."""
+    trajectory: Sequence[Pose | None] = [None] * len(sweeps) if poses is None else read_poses(poses)
+    if len(trajectory) != len(sweeps):
+        raise DataError(f"{poses}: {len(trajectory)} poses for the {len(sweeps)} sweeps in {sweeps[0].parent}.")
+    labels: dict[str, Path] = {}
+    if label_dir is not None and label_dir.is_dir():
+        for suffix in reversed(LABEL_SUFFIXES):
+            labels |= {_stem(path): path for path in sorted(label_dir.glob(f"*{suffix}"))}
+    return [_SweepFile(path, labels.get(_stem(path)), pose) for path, pose in zip(sweeps, trajectory, strict=True)]
+
+
+def _split(
+    logs: dict[str, list[_SweepFile]], val: int | Sequence[str], folder: Path
+) -> tuple[dict[str, list[_SweepFile]], dict[str, list[str]]]:
+    """Logs and splits; of a single log the held-out sweeps become a log of their own."""
+    single = len(logs) == 1
+    log, sweeps = next(iter(logs.items()))
+    names = [_stem(sweep.path) for sweep in sweeps] if single else list(logs)
+    wanted = set(names[max(0, len(names) - val) :]) if isinstance(val, int) else set(val)
+    unknown = wanted - set(names)
+    if unknown:
+        kind = "sweep" if single else "log"
+        raise DataError(f"{folder}: no {kind} is called {', '.join(sorted(unknown))}, which the validation split names.")
+    if wanted and len(wanted) == len(set(names)):
+        raise DataError(f"{folder}: the validation split takes all {len(names)} sweeps or logs, nothing is left to train on.")
+    if not single:
+        return logs, {
+            "train": [name for name in names if name not in wanted],
+            "val": [name for name in names if name in wanted],
+        }
+    held_out = [sweep for sweep in sweeps if _stem(sweep.path) in wanted]
+    if not held_out:
+        return logs, {"train": [log], "val": []}
+    kept = [sweep for sweep in sweeps if _stem(sweep.path) not in wanted]
+    return {log: kept, f"{log}-val": held_out}, {"train": [log], "val": [f"{log}-val"]}
+
+
+def _unit(unit: IntensityUnit | str) -> IntensityUnit:
+    try:
+        return IntensityUnit(unit)
+    except ValueError:
+        raise DataError(f"intensity unit '{unit}' is none of {', '.join(IntensityUnit)}") from None
+
+
+def _column(table: PointTable, names: tuple[str, ...], dtype: type[np.float32]) -> NDArray[np.float32] | None:
+    found = next((table[name] for name in names if name in table), None)
+    return None if found is None else found.astype(dtype)
+
+
+def _fingerprint(files: list[_SweepFile]) -> int:
+    """A checksum of what a log is made from: file names and sizes, poses."""
+    crc = 0
+    for file in files:
+        pose = None if file.pose is None else file.pose.matrix[:3].ravel().tolist()
+        label = None if file.label is None else [file.label.name, file.label.stat().st_size]
+        crc = google_crc32c.extend(crc, json.dumps([file.path.name, file.path.stat().st_size, label, pose]).encode())
+    return crc
+
+
+def _expected_label(plans: dict[str, list[_SweepFile]]) -> str:
+    log, sweeps = next(iter(plans.items()))
+    return f"{_stem(sweeps[0].path)}.npy" if len(plans) == 1 else f"{log}/{_stem(sweeps[0].path)}.npy"
