@@ -19,9 +19,8 @@ class CellFeatures:
 
     def __post_init__(self) -> None:
         if self.features.ndim != 2 or self.point_cell.ndim != 1:
-            raise ValueError(
-                f"expected features (M, D) and point_cell (N,), got {tuple(self.features.shape)} and {tuple(self.point_cell.shape)}"
-            )
+            found = f"{tuple(self.features.shape)} and {tuple(self.point_cell.shape)}"
+            raise ValueError(f"expected features (M, D) and point_cell (N,), got {found}")
 
 
 class Teacher(Protocol):
