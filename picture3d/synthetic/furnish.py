@@ -1,0 +1,405 @@
+"""Fills a plan with things: what stands at the kerb, on the pavement, in the plots, and what moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from picture3d.synthetic import scenery, shapes
+from picture3d.synthetic.categories import INDEX_OF
+from picture3d.synthetic.ground import OTHER_FLAT, PARKING, SIDEWALK, TERRAIN, Ground
+from picture3d.synthetic.primitives import Parts
+from picture3d.synthetic.streets import BLOCKS, CELL_M, Plan, Road, Way
+
+Rng = np.random.Generator
+# One shuffled deck after the other is dealt along the kerbs, so that the rare kinds come up everywhere.
+_KERB_DECK = (
+    ["car"] * 11 + ["gap"] * 3 + ["truck"] * 3 + ["trailer"] * 2 + ["bus"] * 2 + ["bendy"] + ["motorcycles"] * 2
+    + ["bicycles"] * 2 + ["works"] * 3 + ["barriers"] * 2 + ["cones"]
+)  # fmt: skip
+_PAVEMENT_DECK = (
+    ["tree"] * 7 + ["lamp"] * 3 + ["sign"] * 3 + ["bollard"] * 2 + ["cabinet"] + ["bin"] + ["bush"] * 2 + ["bicycle"] * 3
+    + ["people"] * 4 + ["motorcycle"] + ["shelter"]
+)  # fmt: skip
+_BUILDERS: dict[str, tuple[str, Callable[[Rng], Parts], str]] = {
+    "car": ("vehicle.car", shapes.car, "vehicle.parked"),
+    "truck": ("vehicle.truck", shapes.truck, "vehicle.parked"),
+    "trailer": ("vehicle.trailer", shapes.trailer, "vehicle.parked"),
+    "bus": ("vehicle.bus.rigid", shapes.rigid_bus, "vehicle.stopped"),
+    "bendy": ("vehicle.bus.bendy", shapes.bendy_bus, "vehicle.stopped"),
+    "construction": ("vehicle.construction", shapes.construction_vehicle, "vehicle.stopped"),
+    "motorcycle": ("vehicle.motorcycle", shapes.motorcycle, "cycle.without_rider"),
+    "bicycle": ("vehicle.bicycle", shapes.bicycle, "cycle.without_rider"),
+    "barrier": ("movable_object.barrier", shapes.barrier, ""),
+    "cone": ("movable_object.trafficcone", shapes.traffic_cone, ""),
+    "bin": ("movable_object.pushable_pullable", shapes.trash_bin, ""),
+    "debris": ("movable_object.debris", shapes.debris, ""),
+    "rack": ("static_object.bicycle_rack", shapes.bicycle_rack, ""),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Thing:
+    """One annotated object: where it stands, or the way that it moves along."""
+
+    category: str
+    parts: Parts
+    attribute: str  # nuScenes attribute name, empty: none
+    pose: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # x, y, z, yaw while it stands
+    way: int = -1  # index of its way, -1: stands
+    start: float = 0.0  # metres along the way at time 0
+    side: float = 0.0  # metres to the left of the way
+    sense: int = 1  # -1: against the way
+    speed: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 0.0)  # mean m/s, swing m/s, angular rate rad/s, phase
+
+
+@dataclass(slots=True)
+class Furnisher:
+    """Collects things and scenery while a town is being built."""
+
+    plan: Plan
+    cover: np.ndarray  # painted in place
+    rng: Rng
+    waves: np.ndarray
+    things: list[Thing] = field(default_factory=list)
+    scenery: list[Parts] = field(default_factory=list)
+    scenery_pose: list[tuple[float, float, float, float]] = field(default_factory=list)
+    scenery_label: list[int] = field(default_factory=list)
+    ways: list[Way] = field(default_factory=list)
+    taken: np.ndarray = field(init=False)  # (rows, columns) bool, cells of 1 m that something fixed stands on
+    kerb_deck: list[str] = field(default_factory=list)
+    pavement_deck: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.taken = np.zeros((int(self.plan.size_m), int(self.plan.size_m)), bool)
+
+    # -- putting single things down ---------------------------------------------------------------------------------
+
+    def ground(self) -> Ground:
+        """The ground as painted so far."""
+        return Ground(self.waves, self.cover, CELL_M)
+
+    def _on_ground(self, x: float, y: float, yaw: float) -> tuple[float, float, float, float]:
+        return (x, y, float(self.ground().surface(np.array(x), np.array(y))), yaw)
+
+    def stand(self, name: str, x: float, y: float, yaw: float) -> None:
+        """A parked or standing object of `_BUILDERS`."""
+        category, build, attribute = _BUILDERS[name]
+        self.things.append(Thing(category, build(self.rng), attribute, self._on_ground(x, y, yaw)))
+
+    def person(self, x: float, y: float, *, worker: bool = False) -> None:
+        """A standing pedestrian."""
+        self.things.append(
+            _pedestrian(self.rng, worker, "pedestrian.standing", pose=self._on_ground(x, y, self.rng.uniform(0, 6.28)))
+        )
+
+    def fixed(self, parts: Parts, label: str, x: float, y: float, yaw: float) -> None:
+        """Scenery."""
+        self.scenery.append(parts)
+        self.scenery_pose.append(self._on_ground(x, y, yaw))
+        self.scenery_label.append(INDEX_OF[label])
+
+    def deal(self, deck: list[str], cards: list[str]) -> str:
+        """The next card; an empty deck is filled and shuffled."""
+        if not deck:
+            deck.extend(cards[i] for i in self.rng.permutation(len(cards)))
+        return deck.pop()
+
+    # -- along the roads ----------------------------------------------------------------------------------------------
+
+    def street(self, road: Road, side: int, low: float, high: float, cut: tuple[float, float]) -> None:
+        """One side of a road between two crossings (or a crossing and the edge of the town)."""
+        forward = (side < 0) == road.along_x
+        turn = 0.0 if forward == self.plan.drives_right else np.pi
+        self._kerb(road, side, low + cut[0] + 9, high - cut[1] - 9, turn)
+        self._pavement(road, side, low + cut[0] + 5, high - cut[1] - 5)
+        self._fronts(road, side, low + cut[0] + 6, high - cut[1] - 6)
+
+    def _spot(self, road: Road, side: int, along: float, distance: float) -> tuple[float, float, float]:
+        x, y = road.beside(along, side * distance)
+        return float(x), float(y), float(road.heading(along))
+
+    def _kerb(self, road: Road, side: int, low: float, high: float, turn: float) -> None:
+        rng, at = self.rng, low + self.rng.uniform(0, 3)
+        while at < high - 4:
+            card = self.deal(self.kerb_deck, _KERB_DECK)
+            if card in ("motorcycles", "bicycles"):
+                for _ in range(int(rng.integers(2, 6))):
+                    x, y, yaw = self._spot(road, side, at + 0.4, road.parking + 0.1)
+                    self.stand(card[:-1], x, y, yaw + np.pi / 2 + rng.normal(0, 0.15))
+                    at += rng.uniform(0.8, 1.3)
+                at += 1.0
+            elif card == "gap":
+                at += rng.uniform(3, 8)
+            elif card == "works":
+                at = self._works(road, side, at, turn)
+            elif card == "barriers":
+                for _ in range(int(rng.integers(3, 8))):
+                    x, y, yaw = self._spot(road, side, at + 1, road.half - rng.uniform(1.9, 2.1))
+                    self.stand("barrier", x, y, yaw + np.pi / 2)
+                    at += 2.5
+            elif card == "cones":
+                for _ in range(int(rng.integers(3, 7))):
+                    x, y, yaw = self._spot(road, side, at + 1, road.half - rng.uniform(1.6, 2.3))
+                    self.stand("cone", x, y, yaw)
+                    at += rng.uniform(1.5, 3.0)
+            else:
+                category, build, attribute = _BUILDERS[card]
+                parts = build(rng)
+                reach = _length(parts)
+                at += reach / 2
+                if at + reach / 2 > high:
+                    break
+                x, y, yaw = self._spot(road, side, at, road.parking + rng.uniform(-0.1, 0.15))
+                back = np.pi if card == "car" and rng.random() < 0.1 else 0.0
+                self.things.append(
+                    Thing(category, parts, attribute, self._on_ground(x, y, yaw + turn + back + rng.normal(0, 0.02)))
+                )
+                at += reach / 2 + rng.uniform(0.6, 2.0)
+
+    def _works(self, road: Road, side: int, at: float, turn: float) -> float:
+        """A fenced-off stretch of the parking lane with a machine and workers."""
+        rng = self.rng
+        length = rng.uniform(9, 13)
+        x, y, yaw = self._spot(road, side, at + length / 2, road.parking - 0.1)
+        self.stand("construction", x, y, yaw + turn + rng.normal(0, 0.08))
+        style = rng.choice(["cone", "barrier"])
+        for along in np.arange(at + 0.5, at + length, 2.4):
+            x, y, yaw = self._spot(road, side, float(along), road.half - 2.75)
+            self.stand(str(style), x, y, yaw + np.pi / 2)
+        for along in (at - 0.4, at + length + 0.4):
+            for across in (0.5, 1.6):
+                x, y, yaw = self._spot(road, side, along, road.half - across)
+                self.stand("cone", x, y, yaw)
+        for _ in range(int(rng.integers(1, 4))):
+            x, y, _ = self._spot(road, side, at + rng.uniform(0, 1.5), road.half - rng.uniform(0.6, 2.2))
+            self.person(x, y, worker=True)
+        return at + length + 1.5
+
+    def _pavement(self, road: Road, side: int, low: float, high: float) -> None:
+        rng, at = self.rng, low + self.rng.uniform(0, 4)
+        strip = road.half + (road.verge / 2 if road.verge > 0 else 0.45)
+        inward = np.pi if side > 0 else 0.0
+        while at < high - 2:
+            card = self.deal(self.pavement_deck, _PAVEMENT_DECK)
+            x, y, yaw = self._spot(road, side, at, strip)
+            to_road = yaw + inward + (0.0 if road.along_x else np.pi)
+            if card == "tree":
+                self.fixed(scenery.tree(rng), "static.vegetation", x, y, rng.uniform(0, 6.28))
+            elif card == "bush":
+                x, y, yaw = self._spot(road, side, at, road.edge + 1.2)
+                self.fixed(scenery.bush(rng), "static.vegetation", x, y, yaw)
+            elif card == "people":
+                for _ in range(int(rng.integers(1, 4))):
+                    x, y, _ = self._spot(road, side, at + rng.uniform(0, 2), road.pavement + rng.uniform(-0.3, 0.3) * road.walk)
+                    self.person(x, y)
+                    at += 0.6
+            elif card == "bicycle":
+                for _ in range(int(rng.integers(1, 4))):
+                    x, y, yaw = self._spot(road, side, at, strip + rng.uniform(-0.05, 0.2))
+                    self.stand("bicycle", x, y, yaw + rng.normal(np.pi / 3, 0.2))
+                    at += rng.uniform(0.6, 1.2)
+            elif card in ("bin", "motorcycle"):
+                self.stand(card, x, y, yaw + rng.normal(0, 0.3))
+            elif card == "shelter":
+                x, y, yaw = self._spot(road, side, at + 2, road.edge + 0.9)
+                self.fixed(scenery.shelter(rng), "static.manmade", x, y, to_road)
+                at += 4
+            else:
+                build = {"lamp": scenery.lamp, "sign": scenery.sign, "bollard": scenery.bollard, "cabinet": scenery.cabinet}[
+                    card
+                ]
+                self.fixed(build(rng), "static.manmade", x, y, to_road)
+            at += rng.uniform(2.0, 5.5)
+
+    def _fronts(self, road: Road, side: int, low: float, high: float) -> None:
+        """Walls and hedges at the back of the pavement, buildings behind."""
+        rng, at = self.rng, low
+        while at < high - 4:
+            length = min(rng.uniform(5, 14), high - at)
+            x, y, yaw = self._spot(road, side, at + length / 2, road.edge + 0.5)
+            style = rng.choice(["none", "wall", "hedge"], p=[0.5, 0.25, 0.25])
+            if style == "wall" and self._free(x, y, yaw, length / 2, 0.2):
+                self.fixed(scenery.wall(rng, length), "static.manmade", x, y, yaw)
+            elif style == "hedge" and self._free(x, y, yaw, length / 2, 0.2):
+                self.fixed(scenery.hedge(rng, length), "static.vegetation", x, y, yaw)
+            at += length + rng.uniform(0.5, 6)
+        at = low
+        while at < high - 6:
+            length, depth = rng.uniform(8, 24), rng.uniform(8, 15)
+            x, y, yaw = self._spot(road, side, at + length / 2, road.edge + rng.uniform(2.0, 9.0) + depth / 2)
+            self.house(x, y, yaw, length, depth)
+            at += length + rng.uniform(1.5, 9)
+
+    # -- in the plots ---------------------------------------------------------------------------------------------------
+
+    def house(self, x: float, y: float, yaw: float, length: float, depth: float) -> None:
+        """A building, if there is room for it."""
+        if not self._free(x, y, yaw, length / 2 + 1, depth / 2 + 1):
+            return
+        tall = self.rng.choice([self.rng.uniform(3.5, 8), self.rng.uniform(9, 24)])
+        self.fixed(scenery.building(self.rng, length, depth, float(tall)), "static.manmade", x, y, yaw)
+        self._take(x, y, yaw, length / 2, depth / 2)
+
+    def plot(self, low: tuple[float, float], high: tuple[float, float], kind: str) -> None:
+        """What lies between the roads: `houses`, `park`, `yard` or `lot`; `low`, `high` are corners of a free rectangle."""
+        rng = self.rng
+        width = np.array(high) - np.array(low)
+        if width.min() < 12:
+            return
+        if kind in ("yard", "lot"):
+            self._paved_plot(low, high, kind)
+        elif kind == "park":
+            # Paths of another cover across the grass.
+            at = rng.uniform(low[1] + 5, high[1] - 5)
+            self._paint_rectangle((low[0], at), (high[0], at + 2.5), int(rng.choice([OTHER_FLAT, SIDEWALK])))
+        else:
+            for _ in range(10):
+                x, y = rng.uniform(low, high)
+                self.house(
+                    float(x),
+                    float(y),
+                    rng.choice([0.0, np.pi / 2]) + rng.normal(0, 0.05),
+                    rng.uniform(8, 20),
+                    rng.uniform(7, 13),
+                )
+        area = float(width.prod())
+        trees, bushes = (area / 90, area / 150) if kind == "park" else (area / 350, area / 300)
+        for build, count in ((scenery.tree, trees), (scenery.bush, bushes)):
+            for _ in range(int(count)):
+                x, y = rng.uniform(low, high)
+                if self._free(x, y, 0.0, 1.0, 1.0):
+                    self.fixed(build(rng), "static.vegetation", float(x), float(y), rng.uniform(0, 6.28))
+
+    def _paved_plot(self, low: tuple[float, float], high: tuple[float, float], kind: str) -> None:
+        rng = self.rng
+        middle, reach = (np.array(low) + high) / 2, np.minimum((np.array(high) - low) / 2 - 2, 26)
+        self._paint_rectangle(tuple(middle - reach), tuple(middle + reach), PARKING if kind == "lot" else OTHER_FLAT)
+        names = (
+            ["car"] * 12 + ["truck", "motorcycle"]
+            if kind == "lot"
+            else ["trailer"] * 4 + ["truck"] * 2 + ["construction"] * 4 + ["barrier"] * 4
+        )
+        for y in np.arange(middle[1] - reach[1] + 4, middle[1] + reach[1] - 3, 12.0 if kind == "lot" else 15.0):
+            x = middle[0] - reach[0] + 3
+            while x < middle[0] + reach[0] - 3:
+                name = str(rng.choice(names))
+                if rng.random() < 0.65:
+                    self.stand(name, x, float(y), np.pi / 2 + rng.normal(0, 0.05))
+                x += 2.9 if kind == "lot" else rng.uniform(3.6, 6)
+        self._take(middle[0], middle[1], 0.0, reach[0], reach[1])
+
+    def _paint_rectangle(self, low: tuple[float, ...], high: tuple[float, ...], code: int) -> None:
+        (x0, y0), (x1, y1) = (np.maximum(np.array(p) / CELL_M, 0).astype(int) for p in (low, high))
+        area = self.cover[y0:y1, x0:x1]
+        area[area == TERRAIN] = code
+
+    def _footprint(self, x: float, y: float, yaw: float, half_x: float, half_y: float) -> tuple[np.ndarray, np.ndarray]:
+        u, v = np.meshgrid(np.linspace(-half_x, half_x, int(half_x * 2) + 2), np.linspace(-half_y, half_y, int(half_y * 2) + 2))
+        return x + u * np.cos(yaw) - v * np.sin(yaw), y + u * np.sin(yaw) + v * np.cos(yaw)
+
+    def _free(self, x: float, y: float, yaw: float, half_x: float, half_y: float) -> bool:
+        px, py = self._footprint(x, y, yaw, half_x, half_y)
+        if min(px.min(), py.min()) < 0 or max(px.max(), py.max()) >= self.plan.size_m:
+            return False
+        grass = self.cover[(py / CELL_M).astype(int), (px / CELL_M).astype(int)] == TERRAIN
+        return bool(grass.all()) and not self.taken[py.astype(int), px.astype(int)].any()
+
+    def _take(self, x: float, y: float, yaw: float, half_x: float, half_y: float) -> None:
+        px, py = (np.clip(p, 0, self.plan.size_m - 1).astype(int) for p in self._footprint(x, y, yaw, half_x, half_y))
+        self.taken[py, px] = True
+
+    # -- traffic ----------------------------------------------------------------------------------------------------------
+
+    def traffic(self, ego_block: tuple[int, int]) -> int:
+        """Things that move around every inner block; the number of the way that the ego car takes."""
+        ego_way = -1
+        for block in ((i, j) for i in range(BLOCKS) for j in range(BLOCKS)):
+            lane, cycle, walk = (len(self.ways) + k for k in range(3))
+            self.ways += [self.plan.way(block, name) for name in ("lane", "cycle", "pavement")]
+            # Everything in one lane keeps the same speed, so nothing runs into anything.
+            mean = self.rng.uniform(5.0, 9.0)
+            pace = (mean, mean * self.rng.uniform(0.2, 0.7), self.rng.uniform(0.2, 0.45), self.rng.uniform(0, 6.28))
+            if block == ego_block:
+                ego_way = lane
+                self.ego_pace = pace
+            self._drivers(lane, pace, keep_free=block == ego_block)
+            self._cyclists(cycle)
+            self._walkers(walk)
+        return ego_way
+
+    ego_pace: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 0.0)
+
+    def _drivers(self, way: int, pace: tuple[float, float, float, float], *, keep_free: bool) -> None:
+        rng, total = self.rng, float(self.ways[way].length[-1])
+        at = 14.0 if keep_free else rng.uniform(0, 20)
+        end = total - (14.0 if keep_free else 8.0)
+        while True:
+            name = str(
+                rng.choice(
+                    ["car", "truck", "bus", "motorcycle", "road train", "construction"], p=[0.52, 0.12, 0.1, 0.14, 0.08, 0.04]
+                )
+            )
+            if name == "road train":
+                front, back = shapes.truck(rng), shapes.trailer(rng)
+                pieces = [("vehicle.trailer", back), ("vehicle.truck", front)]
+            elif name == "motorcycle":
+                pieces = [("vehicle.motorcycle", shapes.motorcycle(rng, ridden=True))]
+            else:
+                pieces = [(_BUILDERS[name][0], _BUILDERS[name][1](rng))]
+            need = sum(_length(parts) + 0.8 for _, parts in pieces)
+            if at + need > end:
+                return
+            for category, parts in pieces:
+                at += _length(parts) / 2
+                attribute = "cycle.with_rider" if name == "motorcycle" else "vehicle.moving"
+                self.things.append(Thing(category, parts, attribute, way=way, start=at, speed=pace))
+                at += _length(parts) / 2 + 0.8
+            at += float(rng.exponential(14.0) + 6.0)
+
+    def _cyclists(self, way: int) -> None:
+        rng, total = self.rng, float(self.ways[way].length[-1])
+        pace = (rng.uniform(3.5, 5.5), 0.0, 1.0, 0.0)
+        at = rng.uniform(0, 15)
+        while at < total - 5:
+            if rng.random() < 0.75:
+                parts, category = shapes.bicycle(rng, ridden=True), "vehicle.bicycle"
+            else:
+                parts, category = shapes.motorcycle(rng, ridden=True), "vehicle.motorcycle"
+            self.things.append(
+                Thing(category, parts, "cycle.with_rider", way=way, start=at, side=rng.uniform(-0.1, 0.1), speed=pace)
+            )
+            at += float(rng.exponential(18.0) + 8.0)
+
+    def _walkers(self, way: int) -> None:
+        rng, total = self.rng, float(self.ways[way].length[-1])
+        for sense, side in ((1, 0.65), (-1, -0.65)):
+            speed = (rng.uniform(1.0, 1.6), 0.0, 1.0, 0.0)
+            at = rng.uniform(0, 20)
+            while at < total - 4:
+                for abreast in range(int(rng.choice([1, 1, 2]))):
+                    walker = _pedestrian(
+                        rng,
+                        False,
+                        "pedestrian.moving",
+                        way=way,
+                        start=sense * (at + 0.5 * abreast),
+                        side=side - 0.35 + 0.7 * abreast,
+                        sense=sense,
+                        speed=speed,
+                    )
+                    self.things.append(walker)
+                at += float(rng.exponential(9.0) + 2.5)
+
+
+def _pedestrian(rng: Rng, worker: bool, attribute: str, **placing: object) -> Thing:
+    child = not worker and rng.random() < 0.15
+    category = "human.pedestrian." + ("construction_worker" if worker else "child" if child else "adult")
+    return Thing(category, shapes.pedestrian(rng, child=child, worker=worker), attribute, **placing)  # type: ignore[arg-type]
+
+
+def _length(parts: Parts) -> float:
+    low, high = shapes.extent(parts)
+    return float(high[0] - low[0])
