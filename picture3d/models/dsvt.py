@@ -167,10 +167,13 @@ class _PositionEmbedding(nn.Module):
             nn.Linear(columns, channels), RowBatchNorm(channels), nn.ReLU(), nn.Linear(channels, channels)
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
     def forward(self, windows: Windows) -> Tensor:
-        position = windows.position[:, : self.columns].float()
-        half = torch.tensor(windows.size[: self.columns], dtype=torch.float32, device=position.device) / 2
-        return self.position_embedding_head(position - half)
+        half = torch.tensor(windows.size[: self.columns], dtype=self.dtype, device=windows.position.device) / 2
+        return self.position_embedding_head(windows.position[:, : self.columns].to(self.dtype) - half)
 
 
 class _Block(nn.Module):

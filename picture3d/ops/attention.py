@@ -64,9 +64,9 @@ def _padded_attention(query_key: Tensor, value: Tensor, voxel: Tensor, repeated:
     query, key = F.linear(gather_rows(query_key, rows), qk_weight, qk_bias).view(sets, slots, 2, heads, width).unbind(2)
     values = F.linear(gather_rows(value, rows), v_weight, v_bias).view(sets, slots, heads, width)
     scores = torch.einsum("sqhw,skhw->shqk", query * width**-0.5, key)
-    scores = scores.float().masked_fill(repeated[:, None, None, :], float("-inf"))
+    scores = _at_least_float32(scores).masked_fill(repeated[:, None, None, :], float("-inf"))
     mixed = torch.einsum("shqk,skhw->sqhw", scores.softmax(-1).to(values.dtype), values)
-    out = F.linear(mixed.reshape(sets * slots, -1), weights.out_weight, weights.out_bias)
+    out = F.linear(mixed.reshape(sets * slots, weights.channels), weights.out_weight, weights.out_bias)
     first = (~repeated).flatten().nonzero().squeeze(1)  # a voxel takes the output of its first slot
     slot_of_voxel = torch.empty(value.shape[0], dtype=torch.int64, device=value.device)
     slot_of_voxel[rows[first]] = first
@@ -140,10 +140,15 @@ def pooling_attention(
     keys = empty_keys.repeat(num_cells, 1).index_copy(0, place, keys).view(num_cells, slots, heads, width)
     values = F.linear(feats, v_weight, v_bias)
     values = v_bias.to(values.dtype).expand(num_cells * slots, channels).index_copy(0, place, values)
-    scores = (asked * keys).sum(-1).float() * width**-0.5
+    scores = _at_least_float32((asked * keys).sum(-1)) * width**-0.5
     if not empty_slots_take_part:
         empty = torch.ones(num_cells * slots, dtype=torch.bool, device=feats.device).index_fill_(0, place, False)
         scores = scores.masked_fill(empty.view(num_cells, slots, 1), float("-inf"))
     share = scores.softmax(1).to(values.dtype)[..., None]
     mixed = (share * values.view(num_cells, slots, heads, width)).sum(1)
     return query, F.linear(mixed.view(num_cells, channels), weights.out_weight, weights.out_bias)
+
+
+def _at_least_float32(scores: Tensor) -> Tensor:
+    """Softmax is not taken in half precision."""
+    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
