@@ -73,7 +73,7 @@ class DriveStep:
 
 
 def drive(seed: int, config: DriveConfig = DriveConfig(), *, start: int = 0) -> Iterator[DriveStep]:  # noqa: B008 - frozen
-    """Sweeps of a drive through the town of `seed`, from number `start` on. Each is a pure function of (seed, config, number)."""
+    """Sweeps of a drive through the town of `seed`, from number `start` on; each a pure function of (seed, config, number)."""
     town = build_town(seed, config.town)
     for index in range(start, config.sweeps):
         yield drive_step(town, config, index)
@@ -86,7 +86,9 @@ def drive_step(town: Town, config: DriveConfig, index: int) -> DriveStep:
     time_s = since_us / 1e6
     global_from_ego = town.ego_pose(time_s)
     global_from_lidar = global_from_ego @ EGO_FROM_LIDAR
-    sweep = scan(town, global_from_lidar, time_s, np.random.default_rng([town.seed, 0x73776570, index]), config.lidar)
+    # Keyed by time: a keyframe is the same whatever the number of sweeps between keyframes.
+    rng = np.random.default_rng([town.seed, 0x73776570, since_us])
+    sweep = scan(town, global_from_lidar, time_s, rng, config.lidar)
     is_keyframe = index % (config.sweeps_per_keyframe + 1) == 0
     boxes = _boxes_around(town, global_from_lidar, time_s, sweep) if is_keyframe else None
     return DriveStep(index, time_s, FIRST_TIMESTAMP_US + since_us, is_keyframe, global_from_ego, EGO_FROM_LIDAR, sweep, boxes)

@@ -16,11 +16,11 @@ from picture3d.synthetic.streets import BLOCKS, CELL_M, Plan, Road, Way
 Rng = np.random.Generator
 # One shuffled deck after the other is dealt along the kerbs, so that the rare kinds come up everywhere.
 _KERB_DECK = (
-    ["car"] * 11 + ["gap"] * 3 + ["truck"] * 3 + ["trailer"] * 2 + ["bus"] * 2 + ["bendy"] + ["motorcycles"] * 2
-    + ["bicycles"] * 2 + ["works"] * 3 + ["barriers"] * 2 + ["cones"]
+    ["car"] * 14 + ["gap"] * 5 + ["truck"] * 2 + ["trailer"] * 2 + ["bus"] + ["bendy"] + ["motorcycles"] * 2
+    + ["bicycles"] * 2 + ["works"] * 2 + ["barriers"] * 2 + ["cones"]
 )  # fmt: skip
 _PAVEMENT_DECK = (
-    ["tree"] * 7 + ["lamp"] * 3 + ["sign"] * 3 + ["bollard"] * 2 + ["cabinet"] + ["bin"] + ["bush"] * 2 + ["bicycle"] * 3
+    ["tree"] * 10 + ["lamp"] * 3 + ["sign"] * 3 + ["bollard"] * 2 + ["cabinet"] + ["bin"] + ["bush"] * 2 + ["bicycle"] * 3
     + ["people"] * 4 + ["motorcycle"] + ["shelter"]
 )  # fmt: skip
 _BUILDERS: dict[str, tuple[str, Callable[[Rng], Parts], str]] = {
@@ -220,24 +220,29 @@ class Furnisher:
         while at < high - 4:
             length = min(rng.uniform(5, 14), high - at)
             x, y, yaw = self._spot(road, side, at + length / 2, road.edge + 0.5)
-            style = rng.choice(["none", "wall", "hedge"], p=[0.5, 0.25, 0.25])
+            style = rng.choice(["none", "wall", "hedge"], p=[0.3, 0.32, 0.38])
             if style == "wall" and self._free(x, y, yaw, length / 2, 0.2):
                 self.fixed(scenery.wall(rng, length), "static.manmade", x, y, yaw)
             elif style == "hedge" and self._free(x, y, yaw, length / 2, 0.2):
                 self.fixed(scenery.hedge(rng, length), "static.vegetation", x, y, yaw)
-            at += length + rng.uniform(0.5, 6)
+            at += length + rng.uniform(0.3, 4)
         at = low
         while at < high - 6:
-            length, depth = rng.uniform(8, 24), rng.uniform(8, 15)
-            x, y, yaw = self._spot(road, side, at + length / 2, road.edge + rng.uniform(2.0, 9.0) + depth / 2)
+            length, depth = rng.uniform(8, 26), rng.uniform(8, 15)
+            x, y, yaw = self._spot(road, side, at + length / 2, road.edge + rng.uniform(1.8, 6.0) + depth / 2)
             self.house(x, y, yaw, length, depth)
-            at += length + rng.uniform(1.5, 9)
+            at += length + rng.uniform(0.5, 7)
+        for along in np.arange(low + 2, high - 2, 5.0):
+            x, y, yaw = self._spot(road, side, float(along) + rng.uniform(-2, 2), road.edge + rng.uniform(1.3, 7.0))
+            if rng.random() < 0.75 and self._free(x, y, yaw, 0.5, 0.5):
+                plant = scenery.tree if rng.random() < 0.55 else scenery.bush
+                self.fixed(plant(rng), "static.vegetation", x, y, yaw)
 
     # -- in the plots ---------------------------------------------------------------------------------------------------
 
     def house(self, x: float, y: float, yaw: float, length: float, depth: float) -> None:
         """A building, if there is room for it."""
-        if not self._free(x, y, yaw, length / 2 + 1, depth / 2 + 1):
+        if not self._free(x, y, yaw, length / 2 + 0.4, depth / 2 + 0.9):
             return
         tall = self.rng.choice([self.rng.uniform(3.5, 8), self.rng.uniform(9, 24)])
         self.fixed(scenery.building(self.rng, length, depth, float(tall)), "static.manmade", x, y, yaw)
@@ -339,7 +344,7 @@ class Furnisher:
         while True:
             name = str(
                 rng.choice(
-                    ["car", "truck", "bus", "motorcycle", "road train", "construction"], p=[0.52, 0.12, 0.1, 0.14, 0.08, 0.04]
+                    ["car", "truck", "bus", "motorcycle", "road train", "construction"], p=[0.6, 0.1, 0.05, 0.14, 0.07, 0.04]
                 )
             )
             if name == "road train":

@@ -42,8 +42,8 @@ class SpinningLidar(FrozenConfig):
     azimuths: int = 1084
     max_range_m: float = 100.0
     range_sigma_m: float = 0.02
-    # A return is seen with probability 1 - exp(-signal); signal = reach * brightness * (20 m / range)^2.
-    reach: float = 14.0
+    # A return is seen with probability 1 - exp(-signal); signal = reach * brightness * (2 m / range)^2.
+    reach: float = 40.0
     blind_share: float = 0.01  # returns lost for no reason
 
     def fan(self) -> RayFan:

@@ -11,8 +11,7 @@ from picture3d.synthetic.ground import MARKING, OTHER_FLAT, ROAD, SIDEWALK, TERR
 
 CELL_M = 0.2
 BLOCKS = 2  # blocks inside the grid of roads along each axis
-_VERGE = 1.3
-_LANE, _CYCLE_STRIP, _PARKING_LANE = 3.3, 1.3, 2.5
+_LANE, _CYCLE_STRIP, _PARKING_LANE = 3.2, 1.0, 2.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +119,7 @@ def plan_town(rng: np.random.Generator, margin_m: float) -> Plan:
             median = float(rng.choice([0.0, 0.9, 1.4], p=[0.45, 0.35, 0.2]))
             if i == 1 and along_x:  # every car goes past some raised strip
                 median = 1.1
-            verge = float(rng.choice([0.0, 1.3, 2.2]))
+            verge = float(rng.choice([0.0, 1.4, 2.4]))
             made.append(
                 Road(
                     along_x,
@@ -130,7 +129,7 @@ def plan_town(rng: np.random.Generator, margin_m: float) -> Plan:
                     rng.uniform(0, 6.28),
                     median,
                     verge,
-                    rng.uniform(2.2, 3.8),
+                    rng.uniform(2.4, 4.8),
                 )
             )
             at += rng.uniform(80, 105)
