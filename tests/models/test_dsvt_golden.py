@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from picture3d.models.dsvt import Dsvt, DsvtConfig, make_set_layout
 from picture3d.models.voxel_encoder import VoxelEncoder
 from picture3d.structures.voxels import SparseVoxels
 from tests.golden_weights import golden_weight_seed, openpcdet_input, openpcdet_state
-from tests.models.test_voxel_encoder import NUSCENES_PILLARS, WAYMO, point_batch
+from tests.models.test_voxel_encoder import NUSCENES, NUSCENES_PILLARS, WAYMO, point_batch
 from tests.sample_data import golden_dir, golden_files
 
 FORMS = ["bucketed", "padded"]
@@ -66,13 +67,18 @@ def test_golden_block_and_its_parts(path: Path, attention: str):
 def tapped(encoder: Dsvt) -> dict[str, Tensor]:
     """Fills with the rows after every block and pooling as the encoder runs."""
     taps: dict[str, Tensor] = {}
+
+    def tap(module: str, name: str) -> None:
+        def keep(_module: nn.Module, _inputs: object, out: Any) -> None:
+            taps[name] = out if isinstance(out, Tensor) else out[0].feats
+
+        encoder.get_submodule(module).register_forward_hook(keep)
+
     for stage, blocks in enumerate(encoder.config.blocks):
         for block in range(blocks):
-            norm = encoder.get_submodule(f"residual_norm_stage_{stage}.{block}")
-            norm.register_forward_hook(lambda _m, _i, out, name=f"stage{stage}_block{block}": taps.__setitem__(name, out))
+            tap(f"residual_norm_stage_{stage}.{block}", f"stage{stage}_block{block}")
         if stage:
-            pooling = encoder.get_submodule(f"stage_{stage - 1}_reduction")
-            pooling.register_forward_hook(lambda _m, _i, out, name=f"pooled_stage{stage}": taps.__setitem__(name, out[0].feats))
+            tap(f"stage_{stage - 1}_reduction", f"pooled_stage{stage}")
     return taps
 
 
@@ -139,19 +145,13 @@ def parts_of(config: DsvtConfig, grid: tuple[int, int, int], points: nn.Module |
     return parts if points is None else {**parts, "vfe.": points}
 
 
-def repaired_nuscenes() -> dict[str, nn.Module]:
-    points = VoxelEncoder(2, 256, dsvt_grid := NUSCENES_40)
-    return parts_of(dsvt_config.nuscenes_voxel_256(), dsvt_grid.shape, points)
-
-
-NUSCENES_40 = type(WAYMO)((-51.2, -51.2, -5.0), (51.2, 51.2, 3.0), (0.2, 0.2, 0.2))
 KEY_LISTS = {
     "pretrain_waymo": lambda: parts_of(dsvt_config.waymo_voxel_192(), WAYMO.shape, VoxelEncoder(2, 192, WAYMO)),
     "detect_waymo": lambda: parts_of(dsvt_config.waymo_voxel_192(), WAYMO.shape, VoxelEncoder(2, 192, WAYMO)),
     "detect_nuscenes": lambda: parts_of(
         dsvt_config.nuscenes_pillar_256(), (360, 360, 1), VoxelEncoder(2, 256, NUSCENES_PILLARS, pillars=True)
     ),
-    "pretrain_nuscenes": repaired_nuscenes,
+    "pretrain_nuscenes": lambda: parts_of(dsvt_config.nuscenes_voxel_256(), NUSCENES.shape, VoxelEncoder(2, 256, NUSCENES)),
     "occ_nuscenes": lambda: parts_of(dsvt_config.nuscenes_voxel_256(), (512, 512, 40), None),
     "seg_nuscenes": lambda: parts_of(dsvt_config.nuscenes_cylinder_128(), (480, 360, 32), None),
 }
