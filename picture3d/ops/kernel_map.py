@@ -1,8 +1,8 @@
 """Which input row meets which output row under which kernel offset: the whole of a sparse convolution but its arithmetic.
 
 Conventions are MinkowskiEngine's, so that checkpoints in its layout mean the same here: the first axis of the kernel is the
-fastest, ``k = ix + kx * (iy + ky * iz)``; odd sizes are centred (offset ``i - size // 2``), even sizes start at 0 (offset ``i``);
-offsets count in steps of dilation times tensor stride; ``out[o] = sum_k in[i] @ kernel[k]`` where ``c_i = c_o + offset_k``.
+fastest, ``k = ix + kx * (iy + ky * iz)``; odd sizes are centred (offset ``i - size // 2``), even sizes start at 0 (offset
+``i``); offsets count in steps of dilation times tensor stride; ``out[o] = sum_k in[i] @ kernel[k]``, ``c_i = c_o + offset_k``.
 """
 
 from __future__ import annotations
