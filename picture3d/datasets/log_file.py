@@ -22,13 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picture3d import __version__
+from picture3d.datasets.frame_columns import BOX_COLUMNS, OPTIONAL_COLUMNS, columns_of, frame_of, record_of
 from picture3d.errors import DataError
 from picture3d.formats.columns import PLANES, Codec, checked_size, decode, dtype_name, encode
 from picture3d.formats.whole_files import whole_file
-from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
-from picture3d.structures.points import IntensityUnit, PointCloud
-from picture3d.structures.poses import Pose
 
 FORMAT_VERSION = 1
 _MAGIC = b"P3DLOG\r\n"
@@ -36,18 +34,6 @@ _HEAD = struct.Struct("<8sII")  # magic, version, CRC-32C of the 12 bytes before
 _TRAILER = struct.Struct("<QQIIII8s")  # index offset, index length, index CRC, frames, version, CRC of the 28 before, magic
 _MAX_INDEX_BYTES = 1 << 28
 _MAX_RECORD_BYTES = 1 << 20
-
-POINT_COLUMNS: dict[str, tuple[str, int]] = {  # name -> dtype, values per point
-    "xyz": ("<f4", 3),
-    "intensity": ("<f4", 1),
-    "ring": ("<i2", 1),
-    "elongation": ("<f4", 1),
-    "time_s": ("<f4", 1),
-    "labels": ("|u1", 1),
-    "instances": ("<u2", 1),
-}
-OPTIONAL_COLUMNS = frozenset({"ring", "elongation", "time_s", "labels", "instances", "boxes"})
-_BOX_COLUMNS = ("box_geometry", "box_points", "box_names")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +115,13 @@ class LogWriter(AbstractContextManager["LogWriter"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        if kind is not None:
+        if error is not None:
             return self._whole.__exit__(kind, error, trace)
         try:
             summary = self._finish()
-        except OSError as failure:
-            return self._whole.__exit__(type(failure), failure, failure.__traceback__)
+        except BaseException as failure:
+            self._whole.__exit__(type(failure), failure, failure.__traceback__)
+            raise
         self._whole.__exit__(None, None, None)
         self.summary = summary
         return None
@@ -158,7 +145,7 @@ class LogWriter(AbstractContextManager["LogWriter"]):
             raise DataError(f"{place} of log '{frame.log}': expected frame {len(self._entries)} of log '{self.header.log}'")
         if any(not 0 <= earlier < frame.index for earlier in frame.previous):
             raise DataError(f"{place}: previous {frame.previous} must be indices of earlier sweeps of the same log")
-        columns = _columns_of(frame, place)
+        columns = columns_of(frame, place)
         chunks = {}
         for name, column in columns.items():
             codec = self._xyz_codec if name == "xyz" else PLANES
@@ -175,7 +162,7 @@ class LogWriter(AbstractContextManager["LogWriter"]):
                 "crc32c": google_crc32c.value(data),
             }
             self._write(data)
-        record = _to_json(_record_of(frame, chunks), place)
+        record = _to_json(record_of(frame, chunks), place)
         entry = _FrameEntry(
             offset=self._offset,
             length=len(record),
@@ -262,10 +249,18 @@ class LogReader:
         stored = record.get("columns")
         if not isinstance(stored, dict) or not {"xyz", "intensity"} <= stored.keys():
             raise DataError(f"{place}, record at byte {entry.offset}: lists no points. {_MEND}")
-        names = {"xyz", "intensity", *wanted, *(_BOX_COLUMNS if "boxes" in wanted else ())}
+        names = {"xyz", "intensity", *wanted, *(BOX_COLUMNS if "boxes" in wanted else ())}
         arrays = {name: self._column(chunk, name, place) for name, chunk in stored.items() if name in names}
         try:
-            return _frame_of(self.header.log, index, entry, record, arrays, with_boxes="boxes" in wanted)
+            return frame_of(
+                self.header.log,
+                index,
+                record,
+                arrays,
+                num_points=entry.points,
+                is_keyframe=entry.keyframe,
+                with_boxes="boxes" in wanted and entry.boxes >= 0,
+            )
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise DataError(f"{place}, record at byte {entry.offset}: {type(error).__name__}: {error}. {_MEND}") from None
 
@@ -373,108 +368,6 @@ def _summarise(entries: list[_FrameEntry], size: int, crc: int) -> LogSummary:
         labelled=sum(entry.labelled for entry in entries),
         boxes=sum(max(entry.boxes, 0) for entry in entries),
     )
-
-
-def _columns_of(frame: Frame, place: str) -> dict[str, NDArray[np.generic]]:
-    present = {**frame.points.columns(), "labels": frame.labels, "instances": frame.instances}
-    columns: dict[str, NDArray[np.generic]] = {name: column for name, column in present.items() if column is not None}
-    for name, column in columns.items():
-        dtype, width = POINT_COLUMNS[name]
-        shape = (len(frame.points),) if width == 1 else (len(frame.points), width)
-        if dtype_name(column.dtype) != dtype or column.shape != shape:
-            raise DataError(f"{place}, column {name}: {column.dtype} {column.shape}, expected {np.dtype(dtype).name} {shape}")
-    for name in ("xyz", "intensity"):
-        if not np.isfinite(columns[name]).all():
-            raise DataError(
-                f"{place}, column {name}: holds NaN or infinity; drop such points (and their labels) before storing"
-            )
-    if frame.boxes is not None:
-        boxes = frame.boxes
-        names = json.dumps([list(boxes.category), list(boxes.track_id)], separators=(",", ":")).encode()
-        columns["box_geometry"] = np.concatenate([boxes.center, boxes.size, boxes.yaw[:, None], boxes.velocity], axis=1)
-        columns["box_points"] = boxes.num_points.astype("<i4")
-        columns["box_names"] = np.frombuffer(names, np.uint8)
-    return columns
-
-
-def _record_of(frame: Frame, chunks: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "token": frame.token,
-        "timestamp_us": int(frame.timestamp_us),
-        "intensity_unit": str(frame.points.intensity_unit),
-        "global_from_ego": _pose_tree(frame.global_from_ego),
-        "ego_from_lidar": _pose_tree(frame.ego_from_lidar),
-        "previous": [int(earlier) for earlier in frame.previous],
-        "columns": chunks,
-    }
-
-
-def _frame_of(
-    log: str, index: int, entry: _FrameEntry, record: dict[str, Any], arrays: dict[str, Any], *, with_boxes: bool
-) -> Frame:
-    for name in arrays.keys() & POINT_COLUMNS.keys():
-        dtype, width = POINT_COLUMNS[name]
-        shape = (entry.points,) if width == 1 else (entry.points, width)
-        if arrays[name].shape != shape or dtype_name(arrays[name].dtype) != dtype:
-            raise ValueError(f"column {name} is {arrays[name].dtype} {arrays[name].shape}, expected {dtype} {shape}")
-    points = PointCloud(
-        xyz=arrays["xyz"],
-        intensity=arrays["intensity"],
-        intensity_unit=IntensityUnit(record["intensity_unit"]),
-        ring=arrays.get("ring"),
-        elongation=arrays.get("elongation"),
-        time_s=arrays.get("time_s"),
-    )
-    ego_from_lidar = _pose_of(record["ego_from_lidar"])
-    if ego_from_lidar is None:
-        raise ValueError("ego_from_lidar is missing")
-    previous = tuple(int(earlier) for earlier in record["previous"])
-    if any(not 0 <= earlier < index for earlier in previous):
-        raise ValueError(f"previous {previous} are not earlier sweeps")
-    return Frame(
-        log=log,
-        index=index,
-        token=str(record["token"]),
-        timestamp_us=int(record["timestamp_us"]),
-        points=points,
-        global_from_ego=_pose_of(record["global_from_ego"]),
-        ego_from_lidar=ego_from_lidar,
-        is_keyframe=entry.keyframe,
-        labels=arrays.get("labels"),
-        instances=arrays.get("instances"),
-        boxes=_boxes_of(arrays) if with_boxes and entry.boxes >= 0 else None,
-        previous=previous,
-    )
-
-
-def _boxes_of(arrays: dict[str, Any]) -> Boxes:
-    geometry = arrays["box_geometry"]
-    if geometry.ndim != 2 or geometry.shape[1] != 9:
-        raise ValueError(f"box_geometry has shape {geometry.shape}, expected (boxes, 9)")
-    category, track_id = json.loads(arrays["box_names"].tobytes())
-    return Boxes(
-        center=geometry[:, 0:3],
-        size=geometry[:, 3:6],
-        yaw=geometry[:, 6],
-        velocity=geometry[:, 7:9],
-        category=tuple(str(name) for name in category),
-        track_id=tuple(str(name) for name in track_id),
-        num_points=arrays["box_points"],
-    )
-
-
-def _pose_tree(pose: Pose | None) -> list[float] | None:
-    """Twelve float64 numbers, [rotation | translation] row by row; JSON keeps each to the last bit."""
-    return None if pose is None else [float(v) for v in pose.matrix[:3].ravel()]
-
-
-def _pose_of(tree: Any) -> Pose | None:
-    if tree is None:
-        return None
-    matrix = np.array(tree, dtype=np.float64).reshape(3, 4)
-    if not np.isfinite(matrix).all():
-        raise ValueError("a pose is not finite")
-    return Pose(matrix[:, :3], matrix[:, 3])
 
 
 def _to_json(tree: dict[str, Any], place: str) -> bytes:

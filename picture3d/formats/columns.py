@@ -157,7 +157,7 @@ def _from_planes(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.
     if not data:
         return np.zeros(shape, dtype)
     planes = np.frombuffer(data, np.uint8).reshape(-1, shape[0])
-    return np.ascontiguousarray(planes.T).view(dtype).reshape(shape)
+    return np.array(planes.T, order="C").view(dtype).reshape(shape)  # a copy in every case: writable
 
 
 def _to_grid_steps(column: NDArray[np.generic], step: float) -> NDArray[np.uint32]:

@@ -66,6 +66,18 @@ class RawAnnotation:
 
 
 @dataclass(frozen=True, slots=True)
+class _DataRow:
+    """A LiDAR row of `sample_data`, not yet joined."""
+
+    sample: str
+    pose: str
+    calibration: str
+    timestamp_us: int
+    is_keyframe: bool
+    filename: str
+
+
+@dataclass(frozen=True, slots=True)
 class RawTables:
     """What the tables say about one LiDAR."""
 
@@ -90,45 +102,48 @@ def read_tables(root: Path, version: str, *, channel: str = "LIDAR_TOP") -> RawT
         found = f"Found {', '.join(there)}." if there else "Is this the folder that holds samples/, sweeps/ and v1.0-*/?"
         raise DataError(f"{folder}: no such table folder. {found}")
 
-    sensors = _keyed(folder, "sensor", lambda r: r["channel"])
+    sensors = _keyed(folder, "sensor", lambda r: _text(r, "channel"))
     calibrations = _keyed(
         folder,
         "calibrated_sensor",
-        lambda r: _pose(r) if sensors.get(r["sensor_token"]) == channel else None,
+        lambda r: _pose(r) if sensors.get(_text(r, "sensor_token")) == channel else None,
     )
-    scenes = _keyed(folder, "scene", lambda r: RawScene(r["token"], r["name"]))
-    samples = _keyed(folder, "sample", lambda r: (r["scene_token"], int(r["timestamp"])))
-    rows = _keyed(folder, "sample_data", lambda r: r if calibrations.get(r["calibrated_sensor_token"]) else None)
-    wanted_poses = {row["ego_pose_token"] for row in rows.values()}
+    scenes = _keyed(folder, "scene", lambda r: RawScene(r["token"], _text(r, "name")))
+    samples = _keyed(folder, "sample", lambda r: (_text(r, "scene_token"), int(r["timestamp"])))
+    rows = _keyed(
+        folder, "sample_data", lambda r: _data_row(r) if _text(r, "calibrated_sensor_token") in calibrations else None
+    )
+    wanted_poses = {row.pose for row in rows.values()}
     poses = _keyed(folder, "ego_pose", lambda r: _pose(r) if r["token"] in wanted_poses else None)
     lidarseg = _label_files(folder, "lidarseg")
     panoptic = _label_files(folder, "panoptic")
 
     of_scene: dict[str, list[RawSweep]] = {token: [] for token in scenes}
     for token, row in rows.items():
-        sample = _follow(samples, row["sample_token"], "sample_data", token, "sample")
-        _follow(scenes, sample[0], "sample", row["sample_token"], "scene")
+        sample = _follow(samples, row.sample, "sample_data", token, "sample")
+        _follow(scenes, sample[0], "sample", row.sample, "scene")
         sweep = RawSweep(
             token=token,
-            sample_token=row["sample_token"],
-            timestamp_us=int(row["timestamp"]),
-            is_keyframe=bool(row["is_key_frame"]),
-            filename=row["filename"],
-            global_from_ego=_follow(poses, row["ego_pose_token"], "sample_data", token, "ego_pose"),
-            ego_from_lidar=calibrations[row["calibrated_sensor_token"]],
+            sample_token=row.sample,
+            timestamp_us=row.timestamp_us,
+            is_keyframe=row.is_keyframe,
+            filename=row.filename,
+            global_from_ego=_follow(poses, row.pose, "sample_data", token, "ego_pose"),
+            ego_from_lidar=calibrations[row.calibration],
             lidarseg=lidarseg.get(token),
             panoptic=panoptic.get(token),
         )
         of_scene[sample[0]].append(sweep)
 
-    categories = _keyed(folder, "category", lambda r: (r["name"], r.get("index")))
+    categories = _keyed(folder, "category", lambda r: (_text(r, "name"), None if r.get("index") is None else int(r["index"])))
     names = {token: name for token, (name, _) in categories.items()}
-    instances = _keyed(folder, "instance", lambda r: r["category_token"])
+    instances = _keyed(folder, "instance", lambda r: _text(r, "category_token"))
     annotations: dict[str, RawAnnotation] = {}
     if (folder / "sample_annotation.json").exists():  # v1.0-test has none
         annotations = _keyed(folder, "sample_annotation", lambda r: _annotation(r, instances, names))
     of_sample: dict[str, list[str]] = {}
     for token, annotation in annotations.items():
+        _follow(samples, annotation.sample_token, "sample_annotation", token, "sample")
         of_sample.setdefault(annotation.sample_token, []).append(token)
     return RawTables(
         scenes=tuple(sorted(scenes.values(), key=lambda scene: scene.name)),
@@ -136,7 +151,7 @@ def read_tables(root: Path, version: str, *, channel: str = "LIDAR_TOP") -> RawT
         annotations=annotations,
         of_sample={token: tuple(tokens) for token, tokens in of_sample.items()},
         sample_time_us={token: time_us for token, (_, time_us) in samples.items()},
-        category_index={name: int(index) for name, index in categories.values() if index is not None},
+        category_index={name: index for name, index in categories.values() if index is not None},
     )
 
 
@@ -242,7 +257,7 @@ def _keyed(folder: Path, table: str, take: Callable[[dict[str, Any]], _Row | Non
     found: dict[str, _Row] = {}
     for number, row in enumerate(iterate_rows(folder / f"{table}.json")):
         try:
-            token, kept = row["token"], take(row)
+            token, kept = _text(row, "token"), take(row)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise DataError(
                 f"{folder / table}.json: row {number} (token {row.get('token')!r}) lacks or garbles {error}. "
@@ -259,7 +274,7 @@ def _keyed(folder: Path, table: str, take: Callable[[dict[str, Any]], _Row | Non
 def _label_files(folder: Path, table: str) -> dict[str, str]:
     if not (folder / f"{table}.json").exists():
         return {}
-    rows = _keyed(folder, table, lambda r: (str(r["sample_data_token"]), str(r["filename"])))
+    rows = _keyed(folder, table, lambda r: (_text(r, "sample_data_token"), _text(r, "filename")))
     return dict(rows.values())
 
 
@@ -271,6 +286,24 @@ def _follow(table: dict[str, _Row], token: str, from_table: str, from_token: str
             f"{from_table} {from_token} points to {to_table} {token!r}, which is not in {to_table}.json. "
             "The tables are of different versions, or cut off: download the metadata archive again."
         ) from None
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    value = row[key]
+    if not isinstance(value, str):
+        raise TypeError(f"{key} {value!r}, which is not text")
+    return value
+
+
+def _data_row(row: dict[str, Any]) -> _DataRow:
+    return _DataRow(
+        sample=_text(row, "sample_token"),
+        pose=_text(row, "ego_pose_token"),
+        calibration=_text(row, "calibrated_sensor_token"),
+        timestamp_us=int(row["timestamp"]),
+        is_keyframe=bool(row["is_key_frame"]),
+        filename=_text(row, "filename"),
+    )
 
 
 def _pose(row: dict[str, Any]) -> Pose:
@@ -288,13 +321,13 @@ def _annotation(row: dict[str, Any], instances: dict[str, str], categories: dict
         raise ValueError("a number that is not finite")
     return RawAnnotation(
         token=row["token"],
-        sample_token=row["sample_token"],
-        instance_token=row["instance_token"],
-        category=categories[instances[row["instance_token"]]],
+        sample_token=_text(row, "sample_token"),
+        instance_token=_text(row, "instance_token"),
+        category=categories[instances[_text(row, "instance_token")]],
         translation=(x, y, z),
         size_wlh=(width, length, height),
         rotation=(qw, qx, qy, qz),
-        prev=row.get("prev", ""),
-        next=row.get("next", ""),
+        prev=_text(row, "prev"),
+        next=_text(row, "next"),
         num_lidar_pts=int(row["num_lidar_pts"]),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,13 +34,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(partial, path)
         _sync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
         raise DataError(
             f"{path}: cannot be written ({error.strerror or error}). Nothing was left half-written; "
             "free some space or choose a folder that can be written, and run again: what is finished is kept."
         ) from error
     except BaseException:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
         raise
 
 
@@ -94,6 +94,11 @@ def read_bounded(path: Path, *, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise DataError(f"{path}: more than the {max_bytes} bytes such a file may have. It was not used.")
     return data
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from picture3d.errors import DataError
+from picture3d.formats.columns import (
+    PLANES,
+    RAW,
+    STORED_DTYPES,
+    Codec,
+    CodecKind,
+    checked_size,
+    decode,
+    dtype_name,
+    encode,
+)
+
+GRID = Codec(CodecKind.GRID, 0.001)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(STORED_DTYPES).flatmap(
+        lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=1, max_dims=3, min_side=0))
+    ),
+    st.sampled_from([RAW, PLANES]),
+)
+def test_lossless_codecs_give_back_every_bit(column, codec):
+    stored = encode(column, codec)
+    back = decode(stored, codec, dtype_name(column.dtype), column.shape)
+    assert back.dtype == column.dtype
+    assert back.shape == column.shape
+    assert back.tobytes() == column.tobytes()
+    back[...] = 0  # the caller may write into what it read
+
+
+@pytest.mark.parametrize("codec", [RAW, PLANES])
+def test_rows_that_are_not_contiguous_are_stored_as_seen(codec):
+    table = np.arange(24, dtype=np.float32).reshape(6, 4)
+    assert np.array_equal(decode(encode(table[::2, 1:3], codec), codec, "<f4", (3, 2)), table[::2, 1:3])
+
+
+def test_the_grid_codec_errs_by_half_a_step_at_most():
+    rng = np.random.default_rng(0)
+    xyz = rng.uniform(-200, 200, (5000, 3)).astype(np.float32)
+    back = decode(encode(xyz, GRID), GRID, "<f4", xyz.shape)
+    float32_rounding = np.spacing(np.float32(200))
+    assert np.abs(back.astype(np.float64) - xyz).max() <= 0.0005 + float32_rounding
+
+
+def test_the_grid_codec_is_exact_on_its_second_pass():
+    xyz = np.random.default_rng(1).normal(size=(100, 3)).astype(np.float32) * 50
+    once = decode(encode(xyz, GRID), GRID, "<f4", xyz.shape)
+    assert np.array_equal(decode(encode(once, GRID), GRID, "<f4", xyz.shape), once)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e9])
+def test_the_grid_codec_refuses_what_it_cannot_hold(bad):
+    with pytest.raises(DataError, match="zlib-grid"):
+        encode(np.array([[0, 0, bad]], np.float32), GRID)
+
+
+@pytest.mark.parametrize("codec", [RAW, PLANES, GRID])
+def test_an_empty_column_keeps_its_shape(codec):
+    assert decode(encode(np.zeros((0, 3), np.float32), codec), codec, "<f4", (0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("text", ["raw", "zlib-planes", "zlib-grid:0.001"])
+def test_a_codec_is_found_by_the_name_it_writes(text):
+    assert str(Codec.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "lz4", "zlib-grid", "zlib-grid:0", "zlib-grid:nan", "zlib-grid:x"])
+def test_an_unknown_codec_is_refused(text):
+    with pytest.raises(DataError):
+        Codec.parse(text)
+
+
+def test_a_zlib_bomb_is_refused_without_unpacking_it():
+    bomb = zlib.compress(bytes(50_000_000))
+    tracemalloc.start()
+    with pytest.raises(DataError):
+        decode(bomb, PLANES, "|u1", (1000,))
+    with pytest.raises(DataError, match="cannot hold"):
+        decode(b"tiny", PLANES, "<f8", (100_000_000,))
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shape", [(-1,), (), (1 << 40,), (1 << 20, 1 << 20), (2, 2, 2, 2, 2)])
+def test_absurd_shapes_are_refused(shape):
+    with pytest.raises(DataError):
+        checked_size("<f4", shape)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.binary(max_size=60),
+    st.sampled_from([RAW, PLANES, GRID]),
+    st.sampled_from([*STORED_DTYPES, "|O", "x"]),
+    st.integers(0, 40),
+)
+def test_any_bytes_give_an_array_or_our_own_error(data, codec, dtype, rows):
+    for payload in (data, zlib.compress(data)):
+        try:
+            found = decode(payload, codec, dtype, (rows,))
+        except DataError:
+            continue
+        assert found.shape == (rows,)
