@@ -1,0 +1,120 @@
+"""From configs to things that run: networks, tasks, batches, sources of teacher features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from picture3d.config import read_config_tree
+from picture3d.datasets.loading import FrameBatches
+from picture3d.datasets.samples import DataConfig
+from picture3d.errors import ConfigError
+from picture3d.pretrain.picture import Picture, PretrainTask
+from picture3d.recipes.configs import PretrainConfig, SegmentationConfig, TargetsConfig
+from picture3d.structures.targets import FeatureSource
+from picture3d.tasks.segmentation import SegmentationNet, SegmentationTask
+from picture3d.teachers.protocol import Teacher
+
+
+def build_picture(config: PretrainConfig, device: torch.device) -> PretrainTask:
+    """The pre-training network, its first weights drawn from the training seed."""
+    torch.manual_seed(config.training.seed)
+    network = Picture(
+        config.grid.grid,
+        config.in_features,
+        config.encoder,
+        teacher_channels=config.targets.channels if config.loss.features_weight > 0 else None,
+        decoder=config.decoder.kind,
+        decoder_blocks=config.decoder.blocks,
+        num_predicted_points=config.loss.num_predicted_points,
+        pillars=config.grid.pillars,
+    )
+    return PretrainTask(network.to(device), config.mask, config.loss)
+
+
+def build_segmentation(config: SegmentationConfig, device: torch.device) -> SegmentationTask:
+    """The segmentation network, its first weights drawn from the training seed."""
+    torch.manual_seed(config.training.seed)
+    network = SegmentationNet(
+        config.grid.grid, config.in_features, config.encoder, pillars=config.grid.pillars, config=config.task
+    )
+    return SegmentationTask(network.to(device), config.task)
+
+
+def training_batches(config: PretrainConfig | SegmentationConfig, targets: FeatureSource | None) -> FrameBatches:
+    """Shuffled, augmented batches as the config wants them."""
+    return FrameBatches(
+        config.data,
+        batch_size=config.training.batch_size,
+        seed=config.training.seed,
+        workers=config.workers,
+        targets=targets,
+    )
+
+
+def scoring_batches(data: DataConfig, *, root: Path | None, split: str | None, batch_size: int = 1) -> FrameBatches:
+    """Every frame of a split once, in order, as it is: no augmentation, every label, nothing left out."""
+    whole = data.model_copy(
+        update={"root": root or data.root, "split": split, "label_share": 1.0, "every": 1, "max_frames": None, "labels": True}
+    )
+    return FrameBatches(whole, batch_size=batch_size, seed=0, train=False)
+
+
+def build_teacher(name: str, weights: Path | None, device: torch.device) -> Teacher:
+    """A teacher that comes with the package.
+
+    Raises:
+        ConfigError: for an unknown name, or a minkunet without weights.
+    """
+    match name:
+        case "town":
+            from picture3d.teachers.town.teacher import load_town_teacher
+
+            if weights is not None:
+                raise ConfigError("the town teacher brings its own weights; leave --weights out, or use --teacher minkunet")
+            return load_town_teacher(device)
+        case "minkunet":
+            from picture3d.teachers.minkunet import load_minkunet_teacher
+
+            if weights is None:
+                raise ConfigError(
+                    "the minkunet teacher needs a checkpoint: --weights FILE. Where to get one: docs/teachers.md. "
+                    "The town teacher needs no download."
+                )
+            return load_minkunet_teacher(weights, device=device)
+        case _:
+            raise ConfigError(f"no teacher is called '{name}'; there are town and minkunet")
+
+
+def build_targets(config: TargetsConfig, prepared: Path, device: torch.device) -> FeatureSource | None:
+    """Where the targets of a frame are found, as the config wants it."""
+    match config.mode:
+        case "none":
+            return None
+        case "stored":
+            from picture3d.teachers.store import FeatureStore
+
+            return FeatureStore(prepared / "targets" / config.teacher)
+        case "online":
+            from picture3d.teachers.targets import OnlineTeacherSource
+
+            teacher = build_teacher(config.teacher, config.weights, device)
+            return OnlineTeacherSource(teacher, num_superclasses=config.superclasses)
+
+
+def read_run_config(run: Path) -> PretrainConfig | SegmentationConfig:
+    """The config of a run folder, as the kind it is.
+
+    Raises:
+        ConfigError: if the folder holds no config, or one of another kind.
+    """
+    path = run / "config.json"
+    tree = read_config_tree(path)
+    match tree.get("kind"):
+        case "pretrain":
+            return PretrainConfig.from_tree(tree, source=str(path))
+        case "segmentation":
+            return SegmentationConfig.from_tree(tree, source=str(path))
+        case other:
+            raise ConfigError(f"{path}: not the config of a run (its kind is {other!r})")

@@ -1,0 +1,128 @@
+"""`pretrain`, `finetune segmentation`, and the list of recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from picture3d.commands.build import build_picture, build_segmentation, build_targets, training_batches
+from picture3d.commands.machine import start
+from picture3d.config import read_config_tree
+from picture3d.errors import ConfigError
+from picture3d.recipes.catalogue import PRETRAINING, SEGMENTATION, pretraining_recipe, segmentation_recipe
+from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
+from picture3d.tasks.segmentation import load_encoder
+from picture3d.training.loop import FitResult, fit
+from picture3d.training.runlog import RunFolder, duration
+
+
+def pretrain(
+    out: Path,
+    *,
+    data: Path | None,
+    recipe: str,
+    config: Path | None,
+    overrides: list[str],
+    resume: bool,
+    max_steps: int | None,
+    device: str,
+    threads: int,
+) -> str:
+    """Pre-trains in the run folder `out`; returns what to tell the user."""
+    wanted = list(overrides) + ([f"training.max_steps={max_steps}"] if max_steps is not None else [])
+    return _told(out, run_pretraining(_pretrain_config(recipe, config, data, wanted), out, resume, device, threads))
+
+
+def run_pretraining(config: PretrainConfig, out: Path, resume: bool, device: str, threads: int) -> FitResult:
+    """Pre-trains by a resolved config."""
+    machine = start(device, threads)
+    targets = build_targets(config.targets, config.data.root, machine)
+    batches = training_batches(config, targets)
+    task = build_picture(config, machine)
+    run = RunFolder(out)
+    run.claim(config)
+    return fit(task, batches, config.training, run, resume=resume)
+
+
+def finetune_segmentation(
+    out: Path,
+    *,
+    data: Path | None,
+    recipe: str,
+    encoder: Path | None,
+    label_share: float | None,
+    allow_partial: bool,
+    config: Path | None,
+    overrides: list[str],
+    resume: bool,
+    device: str,
+    threads: int,
+) -> str:
+    """Fine-tunes in the run folder `out`; returns what to tell the user."""
+    wanted = list(overrides) + ([f"data.label_share={label_share}"] if label_share is not None else [])
+    settings = _segmentation_config(recipe, config, data, wanted)
+    if encoder is not None or allow_partial:
+        updates = {"pretrained": encoder or settings.pretrained, "allow_partial": allow_partial or settings.allow_partial}
+        settings = settings.model_copy(update=updates)
+    return _told(out, run_segmentation(settings, out, resume, device, threads))
+
+
+def run_segmentation(config: SegmentationConfig, out: Path, resume: bool, device: str, threads: int) -> FitResult:
+    """Fine-tunes by a resolved config."""
+    machine = start(device, threads)
+    batches = training_batches(config, None)
+    task = build_segmentation(config, machine)
+    report = None
+    if config.pretrained is not None:
+        report = load_encoder(task.module, config.pretrained, allow_partial=config.allow_partial)
+    run = RunFolder(out)
+    run.claim(config)
+    run.log(f"encoder from {config.pretrained}: {report.summary()}" if report else "encoder from scratch")
+    return fit(task, batches, config.training, run, resume=resume)
+
+
+def describe_recipes(name: str | None) -> str:
+    """The list of recipes, or one of them as JSON."""
+    data = Path("prepared")
+    if name is None:
+        lines = []
+        for title, recipes in (("pre-training", PRETRAINING), ("segmentation", SEGMENTATION)):
+            lines.append(f"{title}:")
+            lines += [f"  {key:26s}{(make.__doc__ or '').splitlines()[0]}" for key, make in recipes.items()]
+        return "\n".join(lines)
+    find = segmentation_recipe if name in SEGMENTATION else pretraining_recipe
+    if name not in SEGMENTATION and name not in PRETRAINING:
+        raise ConfigError(f"no recipe is called '{name}'. There are: {', '.join([*PRETRAINING, *SEGMENTATION])}.")
+    return json.dumps(find(name, data).model_dump(mode="json"), indent=2)
+
+
+def _pretrain_config(recipe: str, saved: Path | None, data: Path | None, overrides: list[str]) -> PretrainConfig:
+    if saved is not None:
+        base = PretrainConfig.from_tree(read_config_tree(saved), source=str(saved))
+        if data is not None:
+            base = base.model_copy(update={"data": base.data.model_copy(update={"root": data})})
+    else:
+        base = pretraining_recipe(recipe, _required(data))
+    return base.with_overrides(overrides)
+
+
+def _segmentation_config(recipe: str, saved: Path | None, data: Path | None, overrides: list[str]) -> SegmentationConfig:
+    if saved is not None:
+        base = SegmentationConfig.from_tree(read_config_tree(saved), source=str(saved))
+        if data is not None:
+            base = base.model_copy(update={"data": base.data.model_copy(update={"root": data})})
+    else:
+        base = segmentation_recipe(recipe, _required(data))
+    return base.with_overrides(overrides)
+
+
+def _required(data: Path | None) -> Path:
+    if data is None:
+        raise ConfigError("say which prepared frames to use: --data FOLDER (picture3d prepare makes one)")
+    return data
+
+
+def _told(out: Path, result: FitResult) -> str:
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in result.losses.items())
+    done = "was already finished" if result.already_finished else "finished"
+    return f"{out}: {done} after {result.steps} steps, {duration(result.seconds)}. Last losses: {losses}"

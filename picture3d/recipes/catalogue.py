@@ -1,0 +1,81 @@
+"""All recipes by the name they have on the command line, and the way to shrink any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from picture3d.config import nearest
+from picture3d.errors import ConfigError
+from picture3d.recipes import pretraining, segmentation
+from picture3d.recipes.configs import GridConfig, PretrainConfig, SegmentationConfig
+from picture3d.recipes.town import town_encoder
+
+_Config = TypeVar("_Config", PretrainConfig, SegmentationConfig)
+_Recipe = TypeVar("_Recipe")
+
+PRETRAINING: dict[str, Callable[[Path], PretrainConfig]] = {
+    "town-picture": pretraining.town_picture,
+    "town-coordinates": pretraining.town_coordinates,
+    "waymo-picture": pretraining.waymo_picture,
+    "waymo-picture-20": pretraining.waymo_picture_20,
+    "nuscenes-picture": pretraining.nuscenes_picture,
+    "nuscenes-pillar-picture": pretraining.nuscenes_pillar_picture,
+}
+SEGMENTATION: dict[str, Callable[[Path], SegmentationConfig]] = {
+    "town-segmentation": segmentation.town_segmentation,
+    "nuscenes-segmentation": segmentation.nuscenes_segmentation,
+}
+
+
+def pretraining_recipe(name: str, data: Path) -> PretrainConfig:
+    """The pre-training recipe called `name`, on the prepared frames in `data`.
+
+    Raises:
+        ConfigError: for an unknown name; the nearest one is given.
+    """
+    return _find(PRETRAINING, name, "pre-training")(data)
+
+
+def segmentation_recipe(name: str, data: Path) -> SegmentationConfig:
+    """The segmentation recipe called `name`, on the prepared frames in `data`.
+
+    Raises:
+        ConfigError: for an unknown name; the nearest one is given.
+    """
+    return _find(SEGMENTATION, name, "segmentation")(data)
+
+
+def tiny(config: _Config) -> _Config:
+    """Shrinks any recipe to a coarse grid, a narrow encoder and two steps: for tests, and to try a command out."""
+    low, high = config.grid.range_min, config.grid.range_max
+    if config.grid.pillars:
+        voxel, windows, strides = ((high[0] - low[0]) / 120, (high[1] - low[1]) / 120, high[2] - low[2]), ((12, 12, 1),), ()
+    else:
+        voxel = tuple((b - a) / cells for a, b, cells in zip(low, high, (120, 120, 8), strict=True))
+        windows, strides = ((12, 12, 8), (12, 12, 1)), ((1, 1, 8),)
+    stages = len(windows)
+    encoder = town_encoder().model_copy(
+        update={
+            "channels": 32,
+            "ffn_channels": 64,
+            "blocks": (1,) * stages,
+            "set_sizes": (24,) * stages,
+            "windows": windows,
+            "strides": strides,
+        }
+    )
+    training = config.training.model_copy(
+        update={"epochs": None, "max_steps": 2, "batch_size": 1, "accumulate": 1, "precision": "float32"}
+    )
+    grid = GridConfig(range_min=low, range_max=high, voxel_size=voxel, pillars=config.grid.pillars)
+    return config.model_copy(update={"grid": grid, "encoder": encoder, "training": training, "workers": 0})
+
+
+def _find(recipes: dict[str, Callable[[Path], _Recipe]], name: str, kind: str) -> Callable[[Path], _Recipe]:
+    if name in recipes:
+        return recipes[name]
+    guess = nearest(name, recipes)
+    hint = f" Did you mean '{guess}'?" if guess else ""
+    raise ConfigError(f"no {kind} recipe is called '{name}'.{hint} There are: {', '.join(recipes)}.")

@@ -1,0 +1,122 @@
+"""What a run is made of. One frozen tree per kind of run; recipes fill it in, the command line changes leaves of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from picture3d.config import FrozenConfig
+from picture3d.datasets.samples import DataConfig
+from picture3d.models.dsvt_config import DsvtConfig
+from picture3d.pretrain.losses import LossConfig
+from picture3d.pretrain.masking import MaskConfig
+from picture3d.structures.voxels import VoxelGrid
+from picture3d.tasks.segmentation import SegmentationTaskConfig
+from picture3d.training.loop import TrainingConfig
+
+Metres = tuple[float, float, float]
+
+
+class GridConfig(FrozenConfig):
+    """The voxel grid of the encoder, in the LiDAR frame."""
+
+    range_min: Metres = Field(description="lower corner, metres x y z")
+    range_max: Metres = Field(description="upper corner, metres x y z")
+    voxel_size: Metres = Field(description="cell size, metres x y z")
+    pillars: bool = Field(default=False, description="one cell per column, whatever the height of a point")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pillars and self.grid.shape[2] != 1:
+            raise ValueError(
+                f"pillars need one cell along z: set voxel_size z to {self.range_max[2] - self.range_min[2]:g}, "
+                f"it is {self.voxel_size[2]:g}"
+            )
+        return self
+
+    @property
+    def grid(self) -> VoxelGrid:
+        """The same as a value of the networks' language."""
+        return VoxelGrid(self.range_min, self.range_max, self.voxel_size)
+
+
+class TargetsConfig(FrozenConfig):
+    """Where the high-level targets come from."""
+
+    mode: Literal["stored", "online", "none"] = Field(
+        default="stored",
+        description="stored: as `picture3d targets` left them; online: the teacher looks at each sweep when it is loaded; "
+        "none: no teacher (coordinates only, random mask)",
+    )
+    teacher: str = Field(default="town", description="town, minkunet, or the name of a store that another teacher filled")
+    weights: Path | None = Field(default=None, description="online minkunet: its checkpoint")
+    channels: int = Field(default=64, ge=1, description="length of the teacher's features")
+    superclasses: int = Field(default=8, ge=1, description="online: superclasses per sweep")
+
+
+class DecoderConfig(FrozenConfig):
+    """The light network that rebuilds hidden voxels and is thrown away afterwards."""
+
+    kind: Literal["voxel", "light"] = Field(
+        default="voxel", description="voxel: one token per voxel; light: the published one, one token per pillar"
+    )
+    blocks: int = Field(default=2, ge=1, description="DSVT blocks of the voxel decoder")
+
+
+class PretrainConfig(FrozenConfig):
+    """A pre-training run."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    recipe: str = Field(description="name of the recipe this began as")
+    data: DataConfig
+    grid: GridConfig
+    encoder: DsvtConfig
+    decoder: DecoderConfig = DecoderConfig()
+    targets: TargetsConfig = TargetsConfig()
+    mask: MaskConfig = MaskConfig()
+    loss: LossConfig = LossConfig()
+    training: TrainingConfig
+    workers: int = Field(default=0, ge=0, description="processes that load ahead; 0 loads in the training process")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.targets.mode == "none" and self.loss.features_weight > 0:
+            raise ValueError("targets.mode=none leaves nothing for loss.features_weight > 0; set it to 0")
+        if self.targets.mode == "none" and self.mask.kind == "i2mask":
+            raise ValueError("i2mask needs a teacher; with targets.mode=none set mask.kind=random")
+        if self.loss.features_weight == 0 and self.loss.coordinates_weight == 0:
+            raise ValueError("both loss weights are 0: there is nothing to learn")
+        self.encoder.stage_shapes(self.grid.grid.shape)
+        return self
+
+    @property
+    def in_features(self) -> int:
+        """Point features besides x, y, z."""
+        return len(self.data.features)
+
+
+class SegmentationConfig(FrozenConfig):
+    """A segmentation fine-tuning run."""
+
+    kind: Literal["segmentation"] = "segmentation"
+    recipe: str = Field(description="name of the recipe this began as")
+    data: DataConfig
+    grid: GridConfig
+    encoder: DsvtConfig
+    task: SegmentationTaskConfig = SegmentationTaskConfig()
+    training: TrainingConfig
+    pretrained: Path | None = Field(default=None, description="run folder or checkpoint of a pre-training; null: from scratch")
+    allow_partial: bool = Field(default=False, description="accept an encoder that fits only in part")
+    workers: int = Field(default=0, ge=0, description="processes that load ahead; 0 loads in the training process")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.encoder.stage_shapes(self.grid.grid.shape)
+        return self
+
+    @property
+    def in_features(self) -> int:
+        """Point features besides x, y, z."""
+        return len(self.data.features)

@@ -1,0 +1,62 @@
+"""Segmentation fine-tuning recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from picture3d.datasets.augment import AugmentConfig
+from picture3d.datasets.samples import DataConfig
+from picture3d.models.dsvt_config import nuscenes_voxel_256
+from picture3d.recipes.configs import SegmentationConfig
+from picture3d.recipes.pretraining import NUSCENES_GRID
+from picture3d.recipes.town import TOWN_GRID, town_encoder
+from picture3d.training.loop import TrainingConfig
+from picture3d.training.optim import OptimConfig
+
+
+def town_segmentation(data: Path) -> SegmentationConfig:
+    """Lidarseg on the synthetic town (or any 32-beam data), small enough for two CPU cores."""
+    return SegmentationConfig(
+        recipe="town-segmentation",
+        data=DataConfig(
+            root=data,
+            range_min=TOWN_GRID.range_min,
+            range_max=TOWN_GRID.range_max,
+            augment=AugmentConfig(translation=0.2),
+            cache_bytes=2**30,
+        ),
+        grid=TOWN_GRID,
+        encoder=town_encoder(),
+        training=TrainingConfig(
+            epochs=None,
+            max_steps=120,
+            batch_size=2,
+            checkpoint_every=50,
+            optim=OptimConfig(peak_lr=3e-3, weight_decay=0.01, warmup_share=0.15, start_divisor=10.0),
+        ),
+    )
+
+
+def nuscenes_segmentation(data: Path) -> SegmentationConfig:
+    """Lidarseg on real nuScenes at full size, on the voxel encoder of `nuscenes-picture` (24 epochs as published)."""
+    return SegmentationConfig(
+        recipe="nuscenes-segmentation",
+        data=DataConfig(
+            root=data,
+            sweeps=10,
+            features=("intensity", "time_lag"),
+            intensity_scale="raw",
+            range_min=NUSCENES_GRID.range_min,
+            range_max=NUSCENES_GRID.range_max,
+            augment=AugmentConfig(),
+        ),
+        grid=NUSCENES_GRID,
+        encoder=nuscenes_voxel_256(),
+        training=TrainingConfig(
+            epochs=24,
+            batch_size=1,
+            precision="bf16",
+            optim=OptimConfig(peak_lr=5e-3, weight_decay=0.05, warmup_share=0.4, start_divisor=10.0, grad_clip=35.0),
+        ),
+        workers=4,
+    )

@@ -1,0 +1,21 @@
+"""What the recipes for two CPU cores share: a coarse grid and a small encoder of the published kind."""
+
+from __future__ import annotations
+
+from picture3d.models.dsvt_config import DsvtConfig
+from picture3d.recipes.configs import GridConfig
+
+TOWN_GRID = GridConfig(range_min=(-48.0, -48.0, -5.0), range_max=(48.0, 48.0, 3.0), voxel_size=(0.4, 0.4, 0.5))
+
+
+def town_encoder() -> DsvtConfig:
+    """Two stages of one block, 64 wide: 16 cells high, then pillars."""
+    return DsvtConfig(
+        channels=64,
+        ffn_channels=128,
+        heads=4,
+        blocks=(1, 1),
+        set_sizes=(36, 36),
+        windows=((12, 12, 16), (12, 12, 1)),
+        strides=((1, 1, 16),),
+    )
