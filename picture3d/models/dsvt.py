@@ -69,7 +69,13 @@ class Dsvt(nn.Module):
             norms = nn.ModuleList([nn.LayerNorm(config.channels) for _ in range(blocks)])
             self.add_module(f"residual_norm_stage_{stage}", norms)
         for stage, stride in enumerate(config.strides):
-            pooling = AttentionPooling(config.channels, config.heads, stride, empty_slots_take_part=config.pooling_quirk)
+            pooling = AttentionPooling(
+                config.channels,
+                config.heads,
+                stride,
+                empty_slots_take_part=config.pooling_quirk,
+                padded=config.attention == "padded",
+            )
             self.add_module(f"stage_{stage}_reduction", pooling)
         for parameter in self.parameters():
             if parameter.dim() > 1:
@@ -238,11 +244,14 @@ class AttentionPooling(nn.Module):
         heads: heads of the attention.
         stride: cells that become one, along x, y, z.
         empty_slots_take_part: as published; False leaves empty slots out.
+        padded: compute on all slots, as published; the same numbers.
     """
 
-    def __init__(self, channels: int, heads: int, stride: Triple, *, empty_slots_take_part: bool = True) -> None:
+    def __init__(
+        self, channels: int, heads: int, stride: Triple, *, empty_slots_take_part: bool = True, padded: bool = False
+    ) -> None:
         super().__init__()
-        self.stride, self.empty_slots_take_part = stride, empty_slots_take_part
+        self.stride, self.empty_slots_take_part, self.padded = stride, empty_slots_take_part, padded
         self.pos_embedding = nn.Parameter(torch.empty(stride[0] * stride[1] * stride[2], channels))
         nn.init.xavier_uniform_(self.pos_embedding)
         self.norm = nn.LayerNorm(channels)
@@ -259,6 +268,7 @@ class AttentionPooling(nn.Module):
             self.pos_embedding,
             self.self_attn.weights(),
             empty_slots_take_part=self.empty_slots_take_part,
+            padded=self.padded,
         )
         return SparseVoxels(coords, self.norm(attended + query), shape, voxels.batch_size), cell
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from picture3d.ops.scatter import exchange_rows, gather_rows, segment_count, segment_max, select_unique_rows
+from picture3d.ops.scatter import exchange_rows, gather_rows, segment_count, segment_max, segment_sum, select_unique_rows
 from picture3d.ops.sets import PaddedSets, SetBuckets
 
 
@@ -106,6 +106,7 @@ def pooling_attention(
     weights: AttentionWeights,
     *,
     empty_slots_take_part: bool,
+    padded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Pools the voxels of each cell: the maximum of its slots asks, and all its slots answer.
 
@@ -120,33 +121,64 @@ def pooling_attention(
         slot_embedding: (P, C).
         weights: projections and number of heads.
         empty_slots_take_part: True = as published.
+        padded: compute on a table of all slots, as published, instead of on the voxels only; the same numbers.
 
     Returns:
         query (M, C) and attended (M, C).
     """
+    pool = _pool_by_table if padded else _pool_by_voxel
+    return pool(feats, cell, slot, num_cells, slot_embedding, weights, empty_slots_take_part)
+
+
+def _pool_by_table(
+    feats: Tensor, cell: Tensor, slot: Tensor, num_cells: int, slot_embedding: Tensor, weights: AttentionWeights, holes: bool
+) -> tuple[Tensor, Tensor]:
     slots, channels = slot_embedding.shape
-    heads, width = weights.heads, weights.channels // weights.heads
+    heads, width = weights.heads, channels // weights.heads
+    place = cell * slots + slot
+    table = feats.new_zeros(num_cells * slots, channels).index_copy(0, place, feats).view(num_cells, slots, channels)
+    empty = torch.ones(num_cells * slots, dtype=torch.bool, device=feats.device).index_fill_(0, place, False)
+    empty = empty.view(num_cells, slots, 1)
+    query = (table if holes else table.masked_fill(empty, float("-inf"))).amax(1)
+    q_weight, k_weight, v_weight = weights.in_weight.chunk(3)
+    q_bias, k_bias, v_bias = weights.in_bias.chunk(3)
+    asked = F.linear(query, q_weight, q_bias).view(num_cells, 1, heads, width)
+    keys = F.linear(table + slot_embedding, k_weight, k_bias).view(num_cells, slots, heads, width)
+    values = F.linear(table, v_weight, v_bias).view(num_cells, slots, heads, width)
+    scores = _at_least_float32((asked * width**-0.5 * keys).sum(-1))
+    if not holes:
+        scores = scores.masked_fill(empty, float("-inf"))
+    mixed = (scores.softmax(1).to(values.dtype)[..., None] * values).sum(1)
+    return query, F.linear(mixed.view(num_cells, channels), weights.out_weight, weights.out_bias)
+
+
+def _pool_by_voxel(
+    feats: Tensor, cell: Tensor, slot: Tensor, num_cells: int, slot_embedding: Tensor, weights: AttentionWeights, holes: bool
+) -> tuple[Tensor, Tensor]:
+    slots, channels = slot_embedding.shape
+    heads, width = weights.heads, channels // weights.heads
+    place = cell * slots + slot
     query = segment_max(feats, cell, num_cells)
-    if empty_slots_take_part:
+    if holes:
         has_hole = segment_count(cell, num_cells) < slots
         query = torch.where(has_hole[:, None], query.clamp(min=0), query)
     q_weight, k_weight, v_weight = weights.in_weight.chunk(3)
     q_bias, k_bias, v_bias = weights.in_bias.chunk(3)
-    asked = F.linear(query, q_weight, q_bias).view(num_cells, 1, heads, width)
-    # Only occupied slots are projected; an empty slot's key is its projected embedding and its value the bias.
-    place = cell * slots + slot
+    asked = F.linear(query, q_weight, q_bias) * width**-0.5
     keys = F.linear(feats + gather_rows(slot_embedding, slot).to(feats.dtype), k_weight, k_bias)
-    empty_keys = F.linear(slot_embedding, k_weight, k_bias).to(keys.dtype)
-    keys = empty_keys.repeat(num_cells, 1).index_copy(0, place, keys).view(num_cells, slots, heads, width)
-    values = F.linear(feats, v_weight, v_bias)
-    values = v_bias.to(values.dtype).expand(num_cells * slots, channels).index_copy(0, place, values)
-    scores = _at_least_float32((asked * keys).sum(-1)) * width**-0.5
-    if not empty_slots_take_part:
-        empty = torch.ones(num_cells * slots, dtype=torch.bool, device=feats.device).index_fill_(0, place, False)
-        scores = scores.masked_fill(empty.view(num_cells, slots, 1), float("-inf"))
-    share = scores.softmax(1).to(values.dtype)[..., None]
-    mixed = (share * values.view(num_cells, slots, heads, width)).sum(1)
-    return query, F.linear(mixed.view(num_cells, channels), weights.out_weight, weights.out_bias)
+    scores = _at_least_float32((gather_rows(asked, cell) * keys).view(-1, heads, width).sum(-1))
+    # An empty slot is a voxel of zeros: its key is its projected embedding, the same in every cell, and its value the bias.
+    if holes:
+        empty_keys = F.linear(slot_embedding, k_weight, k_bias).view(slots, heads, width)
+        table = torch.einsum("mhw,phw->mph", asked.view(num_cells, heads, width), empty_keys.to(asked.dtype))
+        table = _at_least_float32(table).reshape(num_cells * slots, heads)
+    else:
+        table = scores.new_full((num_cells * slots, heads), float("-inf"))
+    share = table.index_copy(0, place, scores).view(num_cells, slots, heads).softmax(1).view(num_cells * slots, heads)
+    values = F.linear(feats, v_weight)  # shares add up to one, so the bias is added once, whatever slots are empty
+    weighted = select_unique_rows(share, place).to(values.dtype)[..., None] * values.view(-1, heads, width)
+    mixed = segment_sum(weighted.reshape(-1, channels), cell, num_cells) + v_bias
+    return query, F.linear(mixed, weights.out_weight, weights.out_bias)
 
 
 def _at_least_float32(scores: Tensor) -> Tensor:

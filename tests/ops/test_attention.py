@@ -109,8 +109,9 @@ def pooled_by_stock_attention(x: Tensor, cell: Tensor, slot: Tensor, embedding: 
     return torch.stack(query), torch.stack(attended)
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("holes", [True, False])
-def test_pooling_equals_stock_attention_cell_by_cell_values_and_gradients(holes: bool):
+def test_pooling_equals_stock_attention_cell_by_cell_values_and_gradients(holes: bool, padded: bool):
     slots, cells = 6, 25
     generator = torch.Generator().manual_seed(3)
     place = torch.randperm(slots * cells, generator=generator)[:70].sort().values
@@ -121,7 +122,7 @@ def test_pooling_equals_stock_attention_cell_by_cell_values_and_gradients(holes:
     weights = random_weights()
     count = int(cell.max()) + 1
     ours, theirs = ([t.clone().requires_grad_() for t in (x, embedding)] for _ in range(2))
-    got = pooling_attention(ours[0], cell, slot, count, ours[1], weights, empty_slots_take_part=holes)
+    got = pooling_attention(ours[0], cell, slot, count, ours[1], weights, empty_slots_take_part=holes, padded=padded)
     expected = pooled_by_stock_attention(theirs[0], cell, slot, theirs[1], weights, holes)
     factors = torch.randn(2, count, C, generator=generator, dtype=torch.float64)
     for pair, leaves in ((got, ours), (expected, theirs)):
@@ -138,8 +139,11 @@ def test_a_pooled_cell_with_a_hole_never_asks_with_a_negative_value():
     cell, slot = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
     embedding = torch.zeros(2, C, dtype=torch.float64)
     for take_part, expected in ((True, [-2.0, 0.0]), (False, [-2.0, -2.0])):
-        query, _ = pooling_attention(x, cell, slot, 2, embedding, random_weights(), empty_slots_take_part=take_part)
-        assert query[:, 0].tolist() == expected
+        for padded in (True, False):
+            query, _ = pooling_attention(
+                x, cell, slot, 2, embedding, random_weights(), empty_slots_take_part=take_part, padded=padded
+            )
+            assert query[:, 0].tolist() == expected
 
 
 def test_two_voxels_and_no_embedding_share_by_their_dot_products():
