@@ -305,7 +305,10 @@ def _splits(raw: Path, version: str, logs: list[str]) -> dict[str, list[str]]:
         for log in logs:
             splits.setdefault(official_split(version, log), []).append(log)
         return {split: members for split, members in splits.items() if members or split in ("train", "val")}
-    for split, members in read_json_object(path, max_bytes=_MAX_SPLITS_BYTES).items():
+    listed = read_json_object(path, max_bytes=_MAX_SPLITS_BYTES).get("splits")
+    if not isinstance(listed, dict):
+        raise DataError(f"{path}: has no object 'splits' that maps each split to its scene names")
+    for split, members in listed.items():
         if not isinstance(members, list):
             raise DataError(f"{path}: split '{split}' is not a list of scene names")
         splits[str(split)] = [log for log in logs if log in members]

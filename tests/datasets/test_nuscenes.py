@@ -188,7 +188,8 @@ def test_a_category_with_another_id_is_refused(world, tmp_path):
 
 
 def test_the_datasets_own_splits_go_before_the_official_ones(world, tmp_path):
-    (world.root / "picture3d_splits.json").write_text('{"train": ["scene-0002"], "val": ["scene-0001", "scene-9999"]}')
+    splits = '{"splits": {"train": ["scene-0002"], "val": ["scene-0001", "scene-9999"]}}'
+    (world.root / "picture3d_splits.json").write_text(splits)
     prepare_nuscenes(world.root, tmp_path / "out")
     dataset = PreparedDataset(tmp_path / "out")
     assert dataset.logs("train") == ("scene-0002",)

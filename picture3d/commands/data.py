@@ -1,0 +1,114 @@
+"""`synth`, `prepare` and `targets`: everything that leaves data on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from picture3d.datasets.prepared import PreparedDataset, PreparedSummary
+from picture3d.training.runlog import Progress
+
+
+def synth(
+    out: Path,
+    *,
+    scenes: int,
+    keyframes: int,
+    sweeps_per_keyframe: int,
+    val_scenes: int,
+    seed: int,
+    version: str,
+    processes: int,
+) -> str:
+    """Writes the town as raw nuScenes; returns what to tell the user."""
+    from picture3d.synthetic.nuscenes_writer import write_nuscenes
+
+    with Progress("synth", unit="sweeps") as progress:
+        write_nuscenes(
+            out,
+            version=version,
+            scenes=scenes,
+            keyframes_per_scene=keyframes,
+            sweeps_per_keyframe=sweeps_per_keyframe,
+            val_scenes=val_scenes,
+            seed=seed,
+            processes=processes,
+            progress=progress,
+        )
+    return f"{out}: raw nuScenes {version}, {scenes} scenes of {keyframes} keyframes. Next: picture3d prepare nuscenes {out} OUT"
+
+
+def prepare_nuscenes(raw: Path, out: Path, *, version: str, sweeps: int, skip_missing: bool) -> str:
+    """Prepares raw nuScenes; returns what to tell the user."""
+    from picture3d.datasets.nuscenes import prepare_nuscenes as prepare
+
+    with Progress("prepare", unit="frames") as progress:
+        summary = prepare(raw, out, version=version, sweeps=sweeps, skip_missing=skip_missing, progress=progress)
+    return _prepared(summary)
+
+
+def prepare_points(
+    folder: Path,
+    out: Path,
+    *,
+    layout: str,
+    intensity: str,
+    labels: Path | None,
+    label_set: str | None,
+    poses: Path | None,
+    val: int,
+    name: str,
+) -> str:
+    """Prepares a folder of sweeps; returns what to tell the user."""
+    from picture3d.datasets.point_files import prepare_points as prepare
+
+    with Progress("prepare", unit="frames") as progress:
+        summary = prepare(
+            folder,
+            out,
+            layout=layout,
+            intensity_unit=intensity,
+            label_dir=labels,
+            label_set=label_set,
+            poses=poses,
+            val=val,
+            name=name,
+            progress=progress,
+        )
+    return _prepared(summary)
+
+
+def targets(
+    prepared: Path, *, teacher: str, weights: Path | None, superclasses: int, seed: int, device: str, threads: int
+) -> str:
+    """Runs a teacher over the keyframes; returns what to tell the user."""
+    from picture3d.commands.build import build_teacher
+    from picture3d.commands.machine import start
+    from picture3d.teachers.targets import compute_targets
+
+    machine = start(device, threads)
+    dataset = PreparedDataset(prepared)
+    network = build_teacher(teacher, weights, machine)
+    out = prepared / "targets" / network.name
+    with Progress("targets", unit="frames") as progress:
+        compute_targets(
+            (dataset.reader(log) for log in dataset.logs()),
+            out,
+            network,
+            num_superclasses=superclasses,
+            seed=seed,
+            progress=progress,
+        )
+    return f"{out}: features of {network.dimension} columns by teacher '{network.name}' ({network.licence})"
+
+
+def _prepared(summary: PreparedSummary) -> str:
+    parts = [
+        f"{summary.root}: {summary.logs} logs ({summary.logs_made} made now)",
+        f"{summary.frames} sweeps, {summary.keyframes} keyframes, {summary.labelled} of them labelled",
+        f"{summary.points:,} points, {summary.boxes:,} boxes",
+    ]
+    if summary.missing_files:
+        parts.append(f"{summary.missing_files} files were not on disk")
+    if summary.dropped_points:
+        parts.append(f"{summary.dropped_points:,} points were not finite and are left out")
+    return "; ".join(parts)
