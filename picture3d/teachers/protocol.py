@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from picture3d.ops.quantize import Quantisation
 from picture3d.structures.points import PointCloud
 
 
@@ -47,8 +48,8 @@ class Teacher(Protocol):
         ...
 
     @property
-    def quantisation(self) -> Any:
-        """How points become cells: the frozen value that `ops.quantize` takes. Kept with the stored features."""
+    def quantisation(self) -> Quantisation:
+        """How points become cells. Kept with the stored features, so that cells are derived again from the points."""
         ...
 
     def features(self, points: PointCloud) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -19,6 +20,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.safe = False  # no tensor is being changed: an exception may come out anywhere
         self._asked = False
+        self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -38,6 +40,12 @@ class StopSignals:
             raise KeyboardInterrupt
 
     def _received(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A forked loader process: the terminal signals it too, but whether it ends is its parent's decision.
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         again, self._asked = self._asked, True
         if self.safe or again:
             raise KeyboardInterrupt
