@@ -87,13 +87,17 @@ class FrameBatches:
                 yield self.batch(epoch, step)
             return
         # A generator of its own: DataLoader would draw from the global one, and training's numbers would depend on `workers`.
-        yield from DataLoader(
+        loader = DataLoader(
             _Steps(self, epoch, steps),
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=2,
             generator=torch.Generator(),
         )
+        for found in loader:
+            if isinstance(found, DataError):
+                raise found
+            yield found
 
     def batch(self, epoch: int, step: int) -> PointBatch:
         """One batch.
@@ -123,8 +127,8 @@ class FrameBatches:
         return finish_sample(sample, self.config, rng)
 
 
-class _Steps(Dataset[PointBatch]):
-    """What a loader process is given: step -> batch."""
+class _Steps(Dataset[PointBatch | DataError]):
+    """What a loader process is given: step -> batch, or the error to raise, so that it arrives as one line and no traceback."""
 
     def __init__(self, batches: FrameBatches, epoch: int, steps: range) -> None:
         self.batches, self.epoch, self.steps = batches, epoch, steps
@@ -132,8 +136,11 @@ class _Steps(Dataset[PointBatch]):
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, item: int) -> PointBatch:
-        return self.batches.batch(self.epoch, self.steps[item])
+    def __getitem__(self, item: int) -> PointBatch | DataError:
+        try:
+            return self.batches.batch(self.epoch, self.steps[item])
+        except DataError as error:
+            return error
 
 
 def iterate_batches(

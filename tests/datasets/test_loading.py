@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import pickle
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from picture3d.datasets.loading import FrameBatches, Sample, collate, iterate_batches
+from picture3d.datasets.samples import DataConfig
+from picture3d.errors import ConfigError, DataError
+from picture3d.structures.batch import PointBatch
+from picture3d.structures.frame import Frame
+from picture3d.structures.targets import FrameTargets
+from tests.datasets.made_frames import made_frame, write_made_dataset
+
+
+class RowNumbers:
+    """One cell per point, whose feature is the point's row; every fourth frame has no targets."""
+
+    def targets(self, frame: Frame) -> FrameTargets | None:
+        if frame.index % 4 == 3:
+            return None
+        rows = np.arange(len(frame.points))
+        return FrameTargets(rows[:, None].astype(np.float16), (rows % 8).astype(np.uint8), rows)
+
+
+@pytest.fixture
+def root(tmp_path):
+    logs = {log: [made_frame(log, i, points=20 + i, seed=ord(log)) for i in range(5)] for log in "ab"}
+    return write_made_dataset(tmp_path, logs)
+
+
+def config(root: Any, **settings: Any) -> DataConfig:
+    return DataConfig.from_tree({"root": str(root), "augment": {}, "sweeps": 2, **settings})
+
+
+def assert_same(one: PointBatch, two: PointBatch) -> None:
+    for field in fields(PointBatch):
+        a, b = getattr(one, field.name), getattr(two, field.name)
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), field.name
+        else:
+            assert a == b, field.name
+
+
+def test_every_frame_comes_once_an_epoch_in_an_order_of_its_own(root):
+    batches = FrameBatches(config(root), batch_size=2, seed=3)
+    assert batches.steps_per_epoch == 5
+    orders = [[name for batch in batches.epoch(epoch) for name in batch.frame_names] for epoch in range(3)]
+    for order in orders:
+        assert sorted(order) == [f"{log}/{i}" for log in "ab" for i in range(5)]
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_a_batch_is_a_function_of_seed_epoch_and_step(root):
+    whole = list(FrameBatches(config(root), batch_size=3, seed=3, targets=RowNumbers()).epoch(7))
+    entered = list(FrameBatches(config(root), batch_size=3, seed=3, targets=RowNumbers()).epoch(7, start_step=1))
+    assert len(whole) == 3
+    for one, two in zip(whole[1:], entered, strict=True):
+        assert_same(one, two)
+    other = list(iterate_batches(config(root), epoch=7, seed=4, batch_size=3))
+    assert other[0].frame_names != whole[0].frame_names or not torch.equal(other[0].xyz, whole[0].xyz)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_no_number(root, workers):
+    here = list(FrameBatches(config(root), batch_size=3, seed=3, targets=RowNumbers()).epoch(2, start_step=1))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    there = list(FrameBatches(config(root), batch_size=3, seed=3, targets=RowNumbers(), workers=workers).epoch(2, start_step=1))
+    assert torch.equal(before, torch.get_rng_state()), "loading must not draw from the global generator"
+    for one, two in zip(here, there, strict=True):
+        assert_same(one, two)
+
+
+def test_the_cache_changes_no_number_and_keeps_its_bound(root):
+    plain = FrameBatches(config(root), batch_size=2, seed=1, targets=RowNumbers())
+    for limit in (1, 3000, 1 << 30):
+        cached = FrameBatches(config(root, cache_bytes=limit), batch_size=2, seed=1, targets=RowNumbers())
+        for epoch in range(3):
+            for one, two in zip(plain.epoch(epoch), cached.epoch(epoch), strict=True):
+                assert_same(one, two)
+                two.xyz.zero_()  # what a caller does to a batch must not reach the cache
+        assert cached._cached_bytes <= limit
+    assert len(cached._cache) == 10
+
+
+def test_batches_survive_being_sent_to_another_process(root):
+    batches = FrameBatches(config(root), batch_size=2, seed=1, targets=RowNumbers())
+    first = batches.batch(0, 0)
+    assert_same(pickle.loads(pickle.dumps(batches)).batch(0, 0), first)
+
+
+@pytest.mark.parametrize(("drop_last", "steps", "last"), [(True, 3, 3), (False, 4, 1)])
+def test_the_last_batch_is_dropped_or_kept(root, drop_last, steps, last):
+    batches = FrameBatches(config(root, drop_last=drop_last), batch_size=3, seed=0)
+    found = list(batches.epoch(0))
+    assert len(found) == batches.steps_per_epoch == steps
+    assert found[-1].batch_size == last
+
+
+def test_evaluation_sees_every_frame_in_order_and_as_it_is(root):
+    batches = FrameBatches(config(root, sweeps=1), batch_size=3, seed=0, train=False)
+    found = list(batches.epoch(5))
+    assert [name for batch in found for name in batch.frame_names] == [f"{log}/{i}" for log in "ab" for i in range(5)]
+    assert np.array_equal(found[0].xyz[:20].numpy(), made_frame("a", 0, points=20, seed=ord("a")).points.xyz)
+
+
+def test_fewer_frames_than_a_batch_are_an_error_in_words(root):
+    with pytest.raises(ConfigError, match="10 frames are selected, fewer than batch_size 11"):
+        FrameBatches(config(root), batch_size=11, seed=0)
+    assert FrameBatches(config(root, drop_last=False), batch_size=11, seed=0).steps_per_epoch == 1
+
+
+def made_sample(name: str, points: int, cells: int | None, *, labels: bool = True, dimension: int = 4) -> Sample:
+    rng = np.random.default_rng(points)
+    targets = None
+    if cells is not None:
+        features = rng.normal(size=(cells, dimension)).astype(np.float16)
+        cell = rng.integers(-1, cells, points) if cells else np.full(points, -1)
+        targets = FrameTargets(features, rng.integers(0, 8, cells).astype(np.uint8), cell)
+    return Sample(
+        name=name,
+        xyz=rng.normal(size=(points, 3)).astype(np.float32),
+        features=rng.normal(size=(points, 2)).astype(np.float32),
+        point_id=np.where(rng.random(points) < 0.8, np.arange(points), -1),
+        labels=rng.integers(0, 17, points) if labels else None,
+        targets=targets,
+    )
+
+
+def test_collate_shifts_the_cells_of_each_sample():
+    samples = [
+        made_sample("a/0", 9, 4),
+        made_sample("a/1", 0, 0),
+        made_sample("a/2", 7, None, labels=False),
+        made_sample("a/3", 5, 3),
+        made_sample("a/4", 6, 5),
+    ]
+    batch = collate(samples)
+    assert batch.batch_size == 5
+    assert batch.frame_names == ("a/0", "a/1", "a/2", "a/3", "a/4")
+    assert batch.sample.tolist() == [0] * 9 + [2] * 7 + [3] * 5 + [4] * 6
+    assert batch.cell_features is not None
+    assert batch.cell_superclass is not None
+    assert batch.point_cell is not None
+    assert batch.labels is not None
+    assert batch.cell_features.shape == (12, 4)
+    assert batch.cell_features.dtype == torch.float16
+    assert batch.cell_superclass.dtype == torch.int64
+    start = 0
+    for sample in samples:
+        rows = slice(start, start := start + len(sample.xyz))
+        labels = np.zeros(len(sample.xyz)) if sample.labels is None else sample.labels
+        assert np.array_equal(batch.labels[rows], labels)
+        cells = batch.point_cell[rows].numpy()
+        if sample.targets is None or sample.point_cell is None:
+            assert (cells == -1).all()
+            continue
+        has = sample.point_cell >= 0
+        assert np.array_equal(cells >= 0, has)
+        assert np.array_equal(batch.cell_features.numpy()[cells[has]], sample.targets.features[sample.point_cell[has]])
+        assert np.array_equal(batch.cell_superclass.numpy()[cells[has]], sample.targets.superclass[sample.point_cell[has]])
+
+
+def test_a_batch_of_empty_frames_is_a_batch():
+    batch = collate([made_sample("a/0", 0, None, labels=False), made_sample("a/1", 0, None, labels=False)])
+    assert batch.xyz.shape == (0, 3)
+    assert batch.sample.dtype == torch.int64
+    assert batch.batch_size == 2
+    assert batch.labels is None
+    assert batch.point_cell is None
+
+
+def test_targets_of_two_teachers_do_not_mix():
+    with pytest.raises(DataError, match="different dimensions"):
+        collate([made_sample("a/0", 5, 2, dimension=4), made_sample("a/1", 5, 2, dimension=3)])
+
+
+def test_a_damaged_frame_is_named_from_a_worker_too(root):
+    path = root / "logs" / "a.p3d"
+    content = bytearray(path.read_bytes())
+    content[200] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.p3d: frame 0") as caught:
+        list(FrameBatches(config(root, sweeps=1), batch_size=1, seed=0, workers=1).epoch(0))
+    assert "Traceback" not in str(caught.value)
