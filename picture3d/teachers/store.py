@@ -7,6 +7,7 @@ refuse a frame that has changed since. Reading a frame touches one block of one 
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from picture3d.errors import DataError
 from picture3d.formats.whole_files import read_json_object, write_json
-from picture3d.ops.quantize import Quantisation, quantise_points
+from picture3d.ops.quantize import Quantisation, continuous_cells, quantise_points
 from picture3d.structures.frame import Frame
 from picture3d.structures.targets import FrameTargets
 from picture3d.teachers.protocol import Teacher
@@ -209,8 +210,32 @@ def target_path(folder: Path, log: str) -> Path:
 
 
 def derive_cells(xyz: NDArray[np.float32], quantisation: Quantisation) -> NDArray[np.int64]:
-    """(N,) int64: the cell of every point, always computed on the CPU, so that rows agree whatever device the teacher used."""
-    return quantise_points(_tensor(xyz), quantisation).point_cell.numpy()
+    """(N,) int64: the cell of every point, -1 where it is not finite; the `point_cell` of `quantise_points`, but faster.
+
+    Always computed on the CPU, so that rows agree whatever device the teacher ran on.
+    """
+    position = continuous_cells(_tensor(xyz), quantisation)
+    point_cell = np.full(len(xyz), -1, np.int64)
+    kept = None
+    if not bool(torch.isfinite(position).all()):
+        kept = np.flatnonzero(torch.isfinite(position).all(1).numpy())
+        position = position[torch.from_numpy(kept)]
+    if len(position) == 0:
+        return point_cell
+    index = position.floor().to(torch.int64)
+    index -= index.amin(0)
+    extent = (index.amax(0) + 1).tolist()
+    row_bits = len(position).bit_length()
+    if math.prod(extent) >= 1 << (63 - row_bits):
+        return quantise_points(_tensor(xyz), quantisation).point_cell.numpy()
+    # Key and row in one number: numpy sorts plain integers with vector instructions, and no second look-up is needed.
+    keys = (index[:, 0] * extent[1] + index[:, 1]) * extent[2] + index[:, 2]
+    packed = np.sort(((keys << row_bits) | torch.arange(len(keys))).numpy())
+    rows, keys_sorted = packed & ((1 << row_bits) - 1), packed >> row_bits
+    rank = np.zeros(len(rows), np.int64)
+    np.cumsum(keys_sorted[1:] != keys_sorted[:-1], out=rank[1:])
+    point_cell[rows if kept is None else kept[rows]] = rank
+    return point_cell
 
 
 def xyz_checksum(xyz: NDArray[np.float32]) -> int:

@@ -122,6 +122,10 @@ class RunFolder:
         """Adds values to summary.json, replacing those of the same name."""
         write_text(self.summary_path, json.dumps({**self.summary(), **values}, indent=2) + "\n")
 
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Writes a JSON file of the run, whole or not at all."""
+        write_text(self.path / name, json.dumps(dict(values), indent=2) + "\n")
+
     @property
     def finished(self) -> bool:
         """Whether training came to its last step."""
@@ -209,8 +213,7 @@ class Progress:
 
     def _show_line(self, done: int, total: int, note: str) -> None:
         now = time.monotonic()
-        last = done >= total and self._last_shown != done
-        if not last and now - self._last_line_s < self._every_s:
+        if done == self._last_shown or (done < total and now - self._last_line_s < self._every_s):
             return
         assert self._begin is not None
         since_s, advanced = now - self._begin[0], done - self._begin[1]
