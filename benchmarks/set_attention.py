@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -105,7 +104,7 @@ def sweep_coords(golden: Path) -> tuple[Tensor, str]:
 
 
 def timed(variants: dict[str, Callable[[], object]], options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of each variant, run in turn."""
+    """Least seconds of each variant, run in turn: other load only ever adds."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(options.repeats + 1):
         for name, run in variants.items():
@@ -115,7 +114,7 @@ def timed(variants: dict[str, Callable[[], object]], options: argparse.Namespace
             _synchronise(options.device)
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: min(values) for name, values in seconds.items()}
 
 
 def matrix_product_rate(channels: int, rows: int, options: argparse.Namespace) -> float:
