@@ -51,8 +51,8 @@ def test_golden_set_partitions_are_equal_bit_by_bit(path: Path):
         coords = torch.from_numpy(golden[f"coords_stage{stage}"].astype(np.int32)[:, [0, 3, 2, 1]])
         for shift in (0, 1):
             name = f"stage{stage}_shift{shift}"
-            scaled = tuple(w * f for w, f in zip(window, factor, strict=True)) if shift else window
-            windows = window_partition(coords, grid, scaled, offsets[shift])
+            x, y, z = (w * f for w, f in zip(window, factor if shift else (1, 1, 1), strict=True))
+            windows = window_partition(coords, grid, (x, y, z), offsets[shift])
             assert np.array_equal(windows.window, golden[f"win_inds_{name}"]), name
             assert np.array_equal(windows.position[:, [2, 1, 0]], golden[f"coors_in_win_{name}"]), name
             padded = padded_sets(windows, set_size)
