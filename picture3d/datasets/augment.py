@@ -44,7 +44,7 @@ class Augmentation:
 
     def points(self, xyz: NDArray[np.float32]) -> NDArray[np.float32]:
         """(N, 3) float32 points, moved; rows keep their order, so row numbers go on naming the same points."""
-        return (xyz.astype(np.float64) @ self.linear.T + np.asarray(self.translation)).astype(np.float32)
+        return affine(xyz, self.linear, self.translation)
 
     def boxes(self, boxes: Boxes) -> Boxes:
         """Boxes, moved: centres as points, sizes scaled, headings wrapped to [-pi, pi), velocities turned and scaled."""
@@ -57,6 +57,25 @@ class Augmentation:
             yaw=(yaw + self.yaw + np.pi) % (2 * np.pi) - np.pi,
             velocity=boxes.velocity @ self.linear[:2, :2].T,
         )
+
+
+def affine(
+    xyz: NDArray[np.float32], linear: NDArray[np.float64], translation: NDArray[np.float64] | tuple[float, float, float]
+) -> NDArray[np.float32]:
+    """(N, 3) float32 points ``linear @ p + translation``, computed in float64.
+
+    Written out by columns: a matrix product may round differently with another number of threads, and what a sample holds
+    must not depend on how many workers load it.
+    """
+    x, y, z = (np.ascontiguousarray(xyz[:, axis], np.float64) for axis in range(3))
+    out = np.empty((len(xyz), 3), np.float32)
+    for axis in range(3):
+        column = np.full(len(xyz), float(translation[axis]))
+        for factor, values in zip(linear[axis], (x, y, z), strict=True):
+            if factor != 0.0:
+                column += factor * values
+        out[:, axis] = column
+    return out
 
 
 def draw_augmentation(config: AugmentConfig, rng: np.random.Generator) -> Augmentation:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+
 from picture3d import __version__
 from picture3d.datasets.label_sets import LabelSet, label_set
 from picture3d.datasets.log_file import FORMAT_VERSION, LogHeader, LogReader, LogSummary, LogWriter, check_log_name
@@ -126,6 +128,13 @@ class PreparedDataset:
     def keyframes(self, split: str | None = None) -> list[FrameKey]:
         """Every keyframe of a split (or of all), by log name and time; no log is opened for it."""
         return [FrameKey(log, index) for log in self.logs(split) for index in self._summaries[log].keyframes]
+
+    def fingerprint(self, split: str | None = None) -> str:
+        """Eight hex digits that change when a log of the split is added, removed or made anew from other data."""
+        crc = 0
+        for log in self.logs(split):
+            crc = google_crc32c.extend(crc, f"{log}:{self._summaries[log].crc32c};".encode())
+        return f"{crc:08x}"
 
     def summary(self, log: str) -> LogSummary:
         """What a log holds, without opening it."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from picture3d.config import FrozenConfig
-from picture3d.datasets.augment import AugmentConfig, draw_augmentation
+from picture3d.datasets.augment import AugmentConfig, affine, draw_augmentation
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.errors import DataError
 from picture3d.structures.boxes import Boxes
@@ -207,14 +207,21 @@ def finish_sample(sample: Sample, config: DataConfig, rng: np.random.Generator |
         boxes = None if sample.boxes is None else drawn.boxes(sample.boxes)
         sample = replace(sample, xyz=drawn.points(sample.xyz), boxes=boxes)
     if config.range_min is not None and config.range_max is not None:
-        axes = 3 if config.crop_z else 2
-        low = np.asarray(config.range_min[:axes], np.float32)
-        high = np.asarray(config.range_max[:axes], np.float32)
-        inside = np.all((sample.xyz[:, :axes] >= low) & (sample.xyz[:, :axes] <= high), axis=1)
+        inside = _inside(sample.xyz, config.range_min, config.range_max, axes=3 if config.crop_z else 2)
         sample = sample if inside.all() else sample.select(np.flatnonzero(inside))
     if config.shuffle_points and rng is not None:
         sample = sample.select(rng.permutation(len(sample.xyz)))
     return sample
+
+
+def _inside(
+    xyz: NDArray[np.float32], low: tuple[float, float, float], high: tuple[float, float, float], *, axes: int
+) -> NDArray[np.bool_]:
+    """(N,) bool: inside of the box, its faces included; bounds are compared as float32, as the points are stored."""
+    inside = np.ones(len(xyz), np.bool_)
+    for axis in range(axes):
+        inside &= (xyz[:, axis] >= np.float32(low[axis])) & (xyz[:, axis] <= np.float32(high[axis]))
+    return inside
 
 
 def without_ego(points: PointCloud) -> PointCloud:
@@ -234,7 +241,8 @@ def move_sweep(xyz: NDArray[np.float32], sweep: Frame, keyframe: Frame) -> NDArr
             f"{keyframe.log}/{keyframe.index}: several sweeps were asked for, but this log has no poses. "
             "Use sweeps=1, or prepare the data with poses."
         )
-    return (keyframe.global_from_lidar.inverse() @ sweep.global_from_lidar).apply(xyz)  # type: ignore[return-value]
+    keyframe_from_sweep = keyframe.global_from_lidar.inverse() @ sweep.global_from_lidar
+    return affine(xyz, keyframe_from_sweep.rotation, keyframe_from_sweep.translation)
 
 
 def scale_intensity(points: PointCloud, scale: str) -> NDArray[np.float32]:

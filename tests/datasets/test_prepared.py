@@ -37,6 +37,16 @@ def test_a_dataset_knows_its_splits_logs_and_keyframes_without_opening_a_log(tmp
         dataset.frame(FrameKey("a", 0))
 
 
+def test_the_fingerprint_changes_with_the_data_and_not_with_the_folder(tmp_path):
+    def fingerprint(name: str, **changes) -> str:
+        write_made_dataset(tmp_path / name, {"a": frames("a"), "b": frames("b", **changes)})
+        return PreparedDataset(tmp_path / name).fingerprint("train")
+
+    first = fingerprint("x")
+    assert fingerprint("y") == first
+    assert fingerprint("z", labels=None) != first
+
+
 def test_few_logs_are_open_at_a_time_and_each_is_opened_once(tmp_path):
     write_made_dataset(tmp_path, {f"l{i}": frames(f"l{i}", 1) for i in range(5)})
     dataset = PreparedDataset(tmp_path, open_logs=2)
