@@ -111,7 +111,7 @@ def assess(network: nn.Module, heads: Heads, held_out: list[Scan]) -> dict[str, 
     share = spectrum / spectrum.sum()
     network.train()
     return {
-        "miou": round(float(confusion.scores().miou), 4),
+        "miou": round(confusion.scores().miou or 0.0, 4),
         "cosine_within_class": round(float(cosine[same].mean()), 4),
         "cosine_between_classes": round(float(cosine[kind[:, None] != kind[None]].mean()), 4),
         "effective_rank": round(float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum())), 2),

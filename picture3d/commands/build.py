@@ -57,6 +57,8 @@ def scoring_batches(data: DataConfig, *, root: Path | None, split: str | None, b
     """Every frame of a split once, in order, as it is: no augmentation, every label, nothing left out."""
     whole = data.model_copy(
         update={"root": root or data.root, "split": split, "label_share": 1.0, "every": 1, "max_frames": None, "labels": True}
+        # Every labelled point counts, those outside the grid too: the network answers for them.
+        | {"range_min": None, "range_max": None}
     )
     return FrameBatches(whole, batch_size=batch_size, seed=0, train=False)
 

@@ -34,7 +34,9 @@ def synth(
             processes=processes,
             progress=progress,
         )
-    return f"{out}: raw nuScenes {version}, {scenes} scenes of {keyframes} keyframes. Next: picture3d prepare nuscenes {out} OUT"
+    return (
+        f"{out}: raw nuScenes {version}, {scenes} scenes of {keyframes} keyframes. Next: picture3d prepare nuscenes {out} OUT"
+    )
 
 
 def prepare_nuscenes(raw: Path, out: Path, *, version: str, sweeps: int, skip_missing: bool) -> str:
@@ -88,17 +90,9 @@ def targets(
     machine = start(device, threads)
     dataset = PreparedDataset(prepared)
     network = build_teacher(teacher, weights, machine)
-    out = prepared / "targets" / network.name
-    with Progress("targets", unit="frames") as progress:
-        compute_targets(
-            (dataset.reader(log) for log in dataset.logs()),
-            out,
-            network,
-            num_superclasses=superclasses,
-            seed=seed,
-            progress=progress,
-        )
-    return f"{out}: features of {network.dimension} columns by teacher '{network.name}' ({network.licence})"
+    with Progress("targets") as progress:
+        summary = compute_targets(dataset, network, num_superclasses=superclasses, seed=seed, progress=progress)
+    return f"{summary}; teacher '{network.name}', {network.dimension} columns, licence: {network.licence}"
 
 
 def _prepared(summary: PreparedSummary) -> str:
