@@ -53,7 +53,7 @@ def tiny(config: _Config) -> _Config:
     if config.grid.pillars:
         voxel, windows, strides = ((high[0] - low[0]) / 120, (high[1] - low[1]) / 120, high[2] - low[2]), ((12, 12, 1),), ()
     else:
-        voxel = tuple((b - a) / cells for a, b, cells in zip(low, high, (120, 120, 8), strict=True))
+        voxel = ((high[0] - low[0]) / 120, (high[1] - low[1]) / 120, (high[2] - low[2]) / 8)
         windows, strides = ((12, 12, 8), (12, 12, 1)), ((1, 1, 8),)
     stages = len(windows)
     encoder = town_encoder().model_copy(
