@@ -90,7 +90,9 @@ def prepare_nuscenes(
     """
     tables = read_tables(raw, version)
     _check_categories(tables, raw / version)
-    plans, missing = _plan(raw, tables, version, sweeps, name or f"nuscenes-{version}")
+    name = name or f"nuscenes-{version}"
+    settings = {"preparer": _PREPARER, "version": version, "sweeps": sweeps, "xyz_codec": str(xyz_codec)}
+    plans, missing = _plan(raw, tables, name, sweeps, settings)
     if missing and not skip_missing:
         raise DataError(
             f"{raw}: {len(missing)} files that the tables list are not on disk, the first is {missing[0]}. "
@@ -120,7 +122,7 @@ def prepare_nuscenes(
         done += len(plan.sweeps)
         if progress is not None:
             progress(done, total)
-    write_dataset(out, name=name or f"nuscenes-{version}", label_set_name=NUSCENES_32.name, splits=splits, logs=logs)
+    write_dataset(out, name=name, label_set_name=NUSCENES_32.name, splits=splits, logs=logs)
     return summarise(out, logs, logs_made=made, missing_files=len(missing), dropped_points=dropped)
 
 
@@ -159,7 +161,7 @@ def boxes_in_lidar(sample_token: str, global_from_lidar: Pose, tables: RawTables
     )
 
 
-def _plan(raw: Path, tables: RawTables, version: str, sweeps: int, dataset: str) -> tuple[list[_Plan], list[str]]:
+def _plan(raw: Path, tables: RawTables, dataset: str, sweeps: int, settings: dict[str, Any]) -> tuple[list[_Plan], list[str]]:
     """One plan per scene that has a sweep on disk, and the listed files that are not there."""
     plans: list[_Plan] = []
     missing: list[str] = []
@@ -182,12 +184,10 @@ def _plan(raw: Path, tables: RawTables, version: str, sweeps: int, dataset: str)
         if not present:
             continue
         if any(plan.header.log == scene.name for plan in plans):
-            raise DataError(f"{raw / version / 'scene.json'}: two scenes are called {scene.name!r}")
+            raise DataError(f"{raw / settings['version'] / 'scene.json'}: two scenes are called {scene.name!r}")
         keyframe_samples = [sweep.sample_token for sweep in present if sweep.is_keyframe]
         source: dict[str, Any] = {
-            "preparer": _PREPARER,
-            "version": version,
-            "sweeps": sweeps,
+            **settings,
             "scene": scene.token,
             "keyframe_samples": keyframe_samples,
             "raw_crc32c": _fingerprint(present, sizes, keyframe_samples, tables),

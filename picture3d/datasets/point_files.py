@@ -114,6 +114,7 @@ def prepare_points(
         raise DataError(f"label set '{label_set}' was given without a folder of labels (--labels)")
     meaning = None if label_dir is None else find_label_set(label_set or "plain").name
     source = {"preparer": _PREPARER, "layout": layout, "intensity": str(unit), "rate_hz": rate_hz, "sweeps": sweeps}
+    source["xyz_codec"] = str(xyz_codec)
     plans, splits = _split(_find_logs(folder, label_dir, poses), val, folder)
     if label_dir is not None and not any(sweep.label for sweeps in plans.values() for sweep in sweeps):
         raise DataError(f"{label_dir}: no label file has the name of a sweep. Expected for example {_expected_label(plans)}.")

@@ -3,12 +3,17 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import tempfile
 import tracemalloc
+from contextlib import suppress
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from picture3d.datasets import log_file
 from picture3d.datasets.log_file import LogHeader, LogReader, LogWriter, check_log_name
@@ -144,6 +149,23 @@ def test_damage_is_named_by_frame_column_and_byte(tmp_path):
     reader.frame(1, columns=[])
     with pytest.raises(DataError, match=rf"frame 1, column labels: the {chunk['length']} bytes at byte {chunk['offset']} "):
         reader.frame(1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 100_000), st.binary(min_size=1, max_size=3))
+def test_a_forged_file_whose_checksums_fit_gives_a_frame_or_our_own_error(at, patch):
+    """Whoever writes a bad file can write its checksums too: here they are switched off, so that every parser is reached."""
+    with pytest.MonkeyPatch.context() as patched, tempfile.TemporaryDirectory() as folder:
+        patched.setattr(log_file.google_crc32c, "value", lambda data: 0)
+        path = write_log(
+            Path(folder), [made_frame(index=i, points=2, boxes=made_boxes(np.random.default_rng(0), 1)) for i in range(2)]
+        )
+        content = bytearray(path.read_bytes())
+        at %= len(content)
+        content[at : at + len(patch)] = patch
+        path.write_bytes(content)
+        with suppress(DataError):
+            LogReader(path).verify()
 
 
 def test_a_newer_version_is_refused_in_words(tmp_path, monkeypatch):

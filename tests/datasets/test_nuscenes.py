@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,27 @@ def test_a_rerun_makes_only_what_is_missing_and_gives_the_same_bytes(world, tmp_
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert log_path(out, "scene-0001").stat().st_mtime_ns == kept
     assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_frame_a_rerun_ends_with_the_bytes_of_an_unbroken_run(world, tmp_path):
+    prepare_nuscenes(world.root, tmp_path / "whole")
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    for kill_at in (1, 6, 8, 13):
+        out = tmp_path / f"killed-{kill_at}"
+        child = os.fork()
+        if child == 0:
+
+            def kill(done: int, total: int, at: int = kill_at) -> None:
+                if done == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            prepare_nuscenes(world.root, out, progress=kill)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert not (out / "dataset.json").exists()
+        assert prepare_nuscenes(world.root, out).logs_made == (2 if kill_at < 7 else 1)
+        assert {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()} == whole
 
 
 def test_other_raw_data_of_the_same_name_is_prepared_anew(world, tmp_path):
