@@ -41,9 +41,12 @@ class VoxelEncoder(nn.Module):
         channels: width C of the result, even.
         grid: range and cell size.
         pillars: one cell per column.
+        momentum: of the running statistics.
     """
 
-    def __init__(self, in_features: int, channels: int, grid: VoxelGrid, pillars: bool = False) -> None:
+    def __init__(
+        self, in_features: int, channels: int, grid: VoxelGrid, pillars: bool = False, *, momentum: float = 0.01
+    ) -> None:
         super().__init__()
         if channels < 2 or channels % 2:
             raise ConfigError(f"voxel encoder: channels must be even and at least 2, got {channels}")
@@ -53,7 +56,9 @@ class VoxelEncoder(nn.Module):
         x_cells, y_cells, z_cells = grid.shape
         self.grid_shape = (x_cells, y_cells, 1 if pillars else z_cells)
         inputs = 3 + in_features + 3 + 3
-        self.pfn_layers = nn.ModuleList([_PointLayer(inputs, channels // 2), _PointLayer(channels, channels)])
+        self.pfn_layers = nn.ModuleList(
+            [_PointLayer(inputs, channels // 2, momentum), _PointLayer(channels, channels, momentum)]
+        )
 
     def forward(self, batch: PointBatch) -> EncodedVoxels:
         """Encodes a batch; 0 points, or none inside the grid, give 0 voxels.
@@ -92,10 +97,10 @@ class VoxelEncoder(nn.Module):
 
 
 class _PointLayer(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, momentum: float) -> None:
         super().__init__()
         self.linear = nn.Linear(in_channels, out_channels, bias=False)
-        self.norm = RowBatchNorm(out_channels, eps=1e-3, momentum=0.01)
+        self.norm = RowBatchNorm(out_channels, eps=1e-3, momentum=momentum)
 
     def forward(self, values: Tensor) -> Tensor:
         return torch.relu(self.norm(self.linear(values)))

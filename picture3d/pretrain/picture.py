@@ -109,7 +109,7 @@ class Picture(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.vfe = VoxelEncoder(in_features, backbone.channels, grid, pillars)
+        self.vfe = VoxelEncoder(in_features, backbone.channels, grid, pillars, momentum=backbone.point_norm_momentum)
         shape = self.vfe.grid_shape
         self.backbone_3d = Dsvt(backbone, shape)
         self.backbone_2d = (

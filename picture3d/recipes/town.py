@@ -18,4 +18,5 @@ def town_encoder() -> DsvtConfig:
         set_sizes=(36, 36),
         windows=((12, 12, 16), (12, 12, 1)),
         strides=((1, 1, 16),),
+        point_norm_momentum=0.1,
     )

@@ -53,7 +53,7 @@ class JoinedEncoder(nn.Module):
     def __init__(self, grid: VoxelGrid, in_features: int, backbone: DsvtConfig, *, pillars: bool = False) -> None:
         super().__init__()
         self.grid = grid
-        self.vfe = VoxelEncoder(in_features, backbone.channels, grid, pillars)
+        self.vfe = VoxelEncoder(in_features, backbone.channels, grid, pillars, momentum=backbone.point_norm_momentum)
         self.backbone_3d = Dsvt(backbone, self.vfe.grid_shape)
 
     @property
