@@ -10,6 +10,7 @@ from picture3d.models.dsvt_config import nuscenes_voxel_256
 from picture3d.recipes.configs import SegmentationConfig
 from picture3d.recipes.pretraining import NUSCENES_GRID
 from picture3d.recipes.town import TOWN_GRID, town_encoder
+from picture3d.tasks.segmentation import SegmentationTaskConfig
 from picture3d.training.loop import TrainingConfig
 from picture3d.training.optim import OptimConfig
 
@@ -27,6 +28,7 @@ def town_segmentation(data: Path) -> SegmentationConfig:
         ),
         grid=TOWN_GRID,
         encoder=town_encoder(),
+        task=SegmentationTaskConfig(head_channels=64),
         training=TrainingConfig(
             epochs=None,
             max_steps=120,
