@@ -153,7 +153,7 @@ def mistake_colors(labels: NDArray[np.integer], predicted: NDArray[np.integer]) 
 
 def group_colors(groups: NDArray[np.integer]) -> Colors:
     """(N,) group numbers (superclasses) to (N, 3); negative numbers are grey."""
-    palette = np.array([_OTHERS[i] for i in (3, 7, 14, 5, 13, 9, 8, 10, 2, 0, 6, 4, 1, 12, 15, 11)], np.uint8)
+    palette = np.array([_OTHERS[i] for i in (3, 7, 14, 5, 15, 9, 2, 0, 6, 4, 8, 13, 1, 12)], np.uint8)
     return np.where((groups >= 0)[:, None], palette[np.maximum(groups, 0) % len(palette)], np.array(GREY)).astype(np.uint8)
 
 

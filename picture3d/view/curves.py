@@ -12,7 +12,7 @@ from html import escape
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_FONT = "font-family:inherit;font-size:12px"
+_FONT = "font-family:inherit;font-size:12.5px"
 _SMOOTH_FROM = 60  # curves with more points also get a running mean
 
 
@@ -23,7 +23,7 @@ def line_chart(
     title: str,
     x_label: str = "step",
     log: bool = False,
-    size: tuple[int, int] = (440, 250),
+    size: tuple[int, int] = (340, 220),
 ) -> str:
     """Curves of several runs over one pair of axes, as an ``<svg>`` that scales with its box.
 
@@ -43,12 +43,12 @@ def line_chart(
     if not curves:
         return ""
     width, height = size
-    left, right, top, bottom = 52, 12, 10, 38
+    left, right, top, bottom = 48, 10, 8, 38
     x_limits = min(c[0].min() for c in curves.values()), max(c[0].max() for c in curves.values())
     ys = np.concatenate([c[1] for c in curves.values()])
     y_ticks = _log_ticks(ys.min(), ys.max()) if log else nice_ticks(_low_end(ys), float(_high_end(ys)), 4)
     y_limits = (min(y_ticks[0], ys.min()), max(y_ticks[-1], ys.max())) if log else (y_ticks[0], y_ticks[-1])
-    x_ticks = [t for t in nice_ticks(*x_limits, 5) if x_limits[0] <= t <= x_limits[1]] or [x_limits[0]]
+    x_ticks = [t for t in nice_ticks(*x_limits, 4) if x_limits[0] <= t <= x_limits[1]] or [x_limits[0]]
 
     def place_x(value: ArrayLike) -> NDArray[np.float64]:
         span = x_limits[1] - x_limits[0]

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from picture3d.view import colors as c
-from picture3d.view.pictures import BACKGROUND, Camera, bird_eye, perspective
+from picture3d.view.pictures import BACKGROUND, Camera, bird_eye, contact_sheet, perspective
 from picture3d.view.report_data import SceneView
 from picture3d.view.scene_modes import Legend, Mode, class_legend
 
@@ -44,6 +44,31 @@ def hero_picture(scene: SceneView, modes: Mapping[str, Mode]) -> Image.Image:
 def overview_camera(scene: SceneView) -> Camera:
     """From behind and above the car, a little to the side."""
     return Camera.orbit((0.0, 0.0, -2.0), distance_m=46, yaw_deg=scene.heading_deg - 24, pitch_deg=20, fov_deg=48)
+
+
+def overview_picture(scene: SceneView, modes: Mapping[str, Mode]) -> Image.Image:
+    """The method in one picture of up to six panels, for a README: sweep, teacher, mask, reconstruction, prediction, truth."""
+    predicted = [key for key in modes if key.startswith("predicted-")][-1:]
+    names = {
+        "intensity": "one LiDAR sweep",
+        "teacher": "what the teacher sees",
+        "hidden": "hidden from the encoder (orange)",
+        "rebuilt": "rebuilt by the decoder (orange)",
+        **dict.fromkeys(predicted, "predicted classes, after fine-tuning"),
+        "truth": "true classes",
+    }
+    keys = [key for key in names if key in modes]
+    pictures = []
+    for key in keys:
+        mode = modes[key]
+        xyz, colors, size = scene.xyz, mode.colors, np.full(len(scene.xyz), 0.13)
+        if mode.extra_m is not None and scene.hidden is not None:
+            xyz = np.concatenate([xyz[~scene.hidden], mode.extra_m])
+            colors = np.concatenate([colors[~scene.hidden], np.full((len(mode.extra_m), 3), mode.extra_color, np.uint8)])
+            size = np.concatenate([size[~scene.hidden], np.full(len(mode.extra_m), 0.06)])
+        camera = overview_camera(scene)
+        pictures.append(perspective(xyz, colors, camera=camera, size_px=(620, 370), point_m=size, min_px=2.0))
+    return contact_sheet(pictures, [names[key] for key in keys], columns=min(3, len(keys)))
 
 
 def scene_figures(
@@ -100,7 +125,7 @@ def _rebuilt(scene: SceneView, modes: Mapping[str, Mode]) -> Figure | None:
     return Figure(
         "Hidden and rebuilt",
         "The same spot three times. Grey is what the encoder was given, blue is what had been taken away, orange is what the "
-        "decoder puts there. It never saw the blue points of this sweep; a rough but rightly placed surface is a good answer.",
+        "decoder puts there without having seen the blue points. A rough surface in the right place is a good answer.",
         (Panel("what the encoder sees", seen), Panel("what was hidden", truth), Panel("what came back", rebuilt)),
         (("visible", c.VISIBLE), ("hidden, true", c.TRUE_POINTS), ("rebuilt", c.REBUILT)),
         columns=3,

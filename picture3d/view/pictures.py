@@ -233,15 +233,18 @@ def _disc(radius: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def _with_relief(image: NDArray[np.uint8], depth: NDArray[np.float32], strength: float, step: int) -> NDArray[np.uint8]:
     """Darkens pixels that lie behind their neighbours (eye-dome lighting): edges of objects become readable."""
-    log_depth = np.log(np.where(np.isfinite(depth), depth, np.nan))
-    behind = np.zeros_like(depth)
-    for dy, dx in ((-step, 0), (step, 0), (0, -step), (0, step)):
-        other = np.roll(log_depth, (dy, dx), (0, 1))
-        with np.errstate(invalid="ignore"):
-            behind += np.nan_to_num(np.clip(log_depth - other, 0, 0.15))
-    shade = np.exp(-8 * strength * behind / 4)[..., None]
-    shaded = image * shade + np.array(BACKGROUND) * (1 - shade)
-    return np.where(np.isfinite(depth)[..., None], np.rint(shaded), image).astype(np.uint8)
+    width = depth.shape[1]
+    hit = np.flatnonzero(np.isfinite(depth))
+    log_depth = np.full(depth.size + 2 * step * width, np.inf, np.float32)  # a margin of sky above and below
+    log_depth[hit + step * width] = np.log(depth.reshape(-1)[hit])
+    here = log_depth[hit + step * width]
+    behind = np.zeros(len(hit), np.float32)
+    for offset in (-step * width, step * width, -step, step):
+        behind += np.clip(here - log_depth[hit + step * width + offset], 0, 0.15)
+    shade = np.exp(-2 * strength * behind)[:, None]
+    shaded = image.reshape(-1, 3).copy()
+    shaded[hit] = np.rint(shaded[hit] * shade + np.array(BACKGROUND, np.float32) * (1 - shade))
+    return shaded.reshape(image.shape)
 
 
 def _finite(xyz: ArrayLike, colors: Colors, *columns: NDArray[np.float64]) -> tuple:

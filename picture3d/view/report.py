@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -54,8 +55,10 @@ def render_report(data: ReportData, path: Path) -> Path:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(f"{path}: the report cannot be written ({error.strerror or error}). Choose another place.") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # gone already if all went well
     return path
 
 
@@ -201,8 +204,10 @@ def _figure(figure: Figure, number: str) -> str:
         f"<span>{escape(panel.label)}</span></div>"
         for panel in figure.panels
     )
+    square = all(panel.image.width == panel.image.height for panel in figure.panels)
+    kind = "panels" + (" square" if square else "") + (" many" if square and len(figure.panels) > 2 else "")
     return (
-        f'<figure><div class="panels" style="--columns:{figure.columns}">{panels}</div>{_legend(figure.legend)}'
+        f'<figure><div class="{kind}" style="--columns:{figure.columns}">{panels}</div>{_legend(figure.legend)}'
         f"<figcaption><b>Figure {number}. {escape(figure.title)}.</b> {escape(figure.caption)}</figcaption></figure>"
     )
 
@@ -242,7 +247,7 @@ def _steps(steps: Sequence[Step]) -> str:
             left, width = 100 * start / total, 100 * (seconds or 0) / total
             track = f'<span class="track"><i style="left:{left:.2f}%;width:{width:.2f}%"></i></span>'
         start += seconds or 0
-        command = f'<pre class="command"><code>{escape(step.command)}</code></pre>' if step.command else ""
+        command = f'<pre class="command"><code>{escape(_shell_lines(step.command))}</code></pre>' if step.command else ""
         detail = f"<small>{escape(step.detail)}</small>" if step.detail else ""
         rows.append(
             f'<li><div class="step"><span class="name">{escape(step.name)}{detail}</span>{track}'
@@ -294,6 +299,20 @@ def _difference(value: float | None, base: float | None) -> str:
     if value is None or base is None or not (is_known(value) and is_known(base)):
         return "–"
     return f"{100 * (value - base):+.1f}".replace("-", "−")
+
+
+def _shell_lines(command: str, width: int = 96) -> str:
+    """A long command, continued on further lines before its options; it can be pasted as it stands."""
+    if len(command) <= width:
+        return command
+    first, *options = command.split(" --")
+    lines = [first]
+    for option in options:
+        if len(lines[-1]) + len(option) + 3 <= width:
+            lines[-1] += f" --{option}"
+        else:
+            lines.append(f"    --{option}")
+    return " \\\n".join(lines)
 
 
 def _seconds(seconds: float | None) -> str:

@@ -93,7 +93,7 @@ def scene_modes(scene: SceneView, class_names: Sequence[str]) -> dict[str, Mode]
         modes["truth"] = Mode(
             "Labels",
             "truth",
-            "The true class of every point.",
+            "What every point really is. Pre-training uses none of these labels, fine-tuning a share of them.",
             c.label_colors(scene.labels, class_names),
             class_legend([scene.labels], class_names),
         )
@@ -128,7 +128,7 @@ def hex_color(color: Sequence[int]) -> str:
 
 
 def _prediction_caption(run: str, labels: NDArray[np.integer] | None, predicted: NDArray[np.integer]) -> str:
-    text = f"What the network “{run}” predicts for each point of a sweep it never trained on."
+    text = f"What the network “{run}” says each point is."
     if labels is not None and (labels > 0).any():
         right = float((labels == predicted)[labels > 0].mean())
         text += f" {100 * right:.1f}% of the labelled points of this sweep are right."

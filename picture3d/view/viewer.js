@@ -37,13 +37,8 @@
   }
   function unpack(scene) {
     const modes = scene.modes.map((mode) => {
-      let rgb;
-      if (mode.rgb) rgb = bytes(mode.rgb);
-      else {
-        const palette = bytes(mode.palette), index = bytes(mode.index);
-        rgb = new Uint8Array(3 * index.length);
-        for (let i = 0; i < index.length; i++) for (let c = 0; c < 3; c++) rgb[3 * i + c] = palette[3 * index[i] + c];
-      }
+      const palette = bytes(mode.palette), index = bytes(mode.index), rgb = new Uint8Array(3 * index.length);
+      for (let i = 0; i < index.length; i++) for (let c = 0; c < 3; c++) rgb[3 * i + c] = palette[3 * index[i] + c];
       const extra = mode.extra && { ...mode.extra, xyz: positions(mode.extra.xyz, scene.range) };
       return { ...mode, rgb, extra };
     });
@@ -87,7 +82,7 @@
     told.replaceChildren(element("p", { textContent: chosen.caption }));
     if (chosen.prediction && scene().modes.some((m) => m.key === "truth")) {
       const box = element("input", { type: "checkbox", checked: state.onlyMistakes });
-      box.addEventListener("change", () => { state.onlyMistakes = box.checked; show(true); controls.querySelector(".only input").focus(); });
+      box.addEventListener("change", () => { state.onlyMistakes = box.checked; show(true); controls.querySelector(".only input").focus({ preventScroll: true }); });
       told.firstChild.append(element("br"), element("label", { className: "only" }, box, "show only mistakes"));
     }
     let legend = chosen.legend;

@@ -1,4 +1,4 @@
-"""Scenes as compact JSON for the page's own 3-D viewer (`viewer.js`): quantised positions, palette indices, packed colours."""
+"""Scenes as compact JSON for the page's own 3-D viewer (`viewer.js`): quantised positions, palette indices."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from picture3d.view.colors import Colors
 from picture3d.view.report_data import SceneView
@@ -67,13 +68,16 @@ def _packed_positions(xyz: NDArray[np.float32]) -> str:
 
 
 def _packed_colors(colors: Colors) -> dict[str, str]:
-    """A palette and one byte a point where there are at most 256 colours, otherwise three bytes a point."""
+    """A palette of at most 256 colours and one byte a point; where there are more colours, near ones become one."""
+    if not len(colors):
+        return {"palette": "", "index": ""}
     codes = colors.astype(np.int64) @ np.array([65536, 256, 1])
-    palette, index = np.unique(codes, return_inverse=True)
-    if len(palette) > 256:
-        return {"rgb": _base64(colors.astype(np.uint8))}
-    table = np.stack([palette >> 16, palette >> 8 & 255, palette & 255], 1)
-    return {"palette": _base64(table.astype(np.uint8)), "index": _base64(index.astype(np.uint8))}
+    found, index = np.unique(codes, return_inverse=True)
+    palette = np.stack([found >> 16, found >> 8 & 255, found & 255], 1)
+    if len(found) > 256:
+        reduced = Image.fromarray(colors[None].astype(np.uint8)).quantize(256, Image.Quantize.MEDIANCUT)
+        palette, index = np.array(reduced.getpalette()).reshape(-1, 3), np.asarray(reduced)[0]
+    return {"palette": _base64(palette.astype(np.uint8)), "index": _base64(index.astype(np.uint8))}
 
 
 def _base64(values: NDArray[np.generic]) -> str:
