@@ -66,7 +66,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str
     """Writes tensors and JSON-able `meta` to `path`, atomically and synced.
 
     Raises:
-        OSError: if the file cannot be written; what stood at `path` before is untouched.
+        TrainingError: if the file cannot be written; what stood at `path` before is untouched.
     """
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -79,7 +79,10 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str
         stored[name] = tensor
     header = {"meta": dict(meta), "crc32c": _checksum(stored)}
     with replacing(path) as temporary:
-        save_file(stored, temporary, metadata={_META_KEY: json.dumps(header)})
+        try:
+            save_file(stored, temporary, metadata={_META_KEY: json.dumps(header)})
+        except SafetensorError as error:  # the library's own wrapping of a full disk
+            raise OSError(str(error)) from error
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -13,7 +13,7 @@ from typing import Any
 
 from picture3d.config import FrozenConfig, read_config_tree
 from picture3d.errors import ConfigError, TrainingError
-from picture3d.training.atomic import replacing, write_text
+from picture3d.training.atomic import append_line, replacing, write_text
 
 _LISTED = 6
 
@@ -71,15 +71,13 @@ class RunFolder:
 
     def log(self, text: str) -> None:
         """Adds a line with the time of day to log.txt."""
-        with self.log_path.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        append_line(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     # Metrics -------------------------------------------------------------------------------------------------------------
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl. `record` has a key "step"."""
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(record)) + "\n")
+        append_line(self.metrics_path, json.dumps(dict(record)))
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first; a line torn by a crash is left out."""
