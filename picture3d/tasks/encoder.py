@@ -21,8 +21,8 @@ from picture3d.structures.voxels import VoxelGrid
 from picture3d.training.checkpoint import LoadReport, load_into, load_weights
 
 ENCODER_PARTS = ("vfe", "backbone_3d")  # the names under which pre-training, and published checkpoints, keep the encoder
-# Settings that change how fast the same function is computed, or in how much memory, and not the function.
-_SAME_FUNCTION = {"attention", "activation_checkpointing"}
+# Settings that change how fast the same function is computed, in how much memory, or how it is trained, and not the function.
+_SAME_FUNCTION = {"attention", "activation_checkpointing", "point_norm_momentum"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -53,13 +53,6 @@ class SegmentationTaskConfig(FrozenConfig):
     dropout: float = Field(default=0.0, ge=0, lt=1, description="share of the head's last features dropped in training")
     cross_entropy_weight: float = Field(default=1.0, ge=0, description="weight of the cross-entropy")
     lovasz_weight: float = Field(default=1.0, ge=0, description="weight of the Lovasz-softmax loss")
-    norm_momentum: float = Field(
-        default=0.1,
-        gt=0,
-        le=1,
-        description="share of a norm's running statistics that each batch replaces; 0.01 as published "
-        "needs some 500 steps before a network trained from scratch is itself when it is scored",
-    )
     class_weights: tuple[float, ...] | None = Field(
         default=None, description="weight of each class in the cross-entropy, class 0 first; null: all alike"
     )
@@ -114,9 +107,6 @@ class SegmentationNet(JoinedEncoder):
         self.seg_head = PointHead(
             self.joined_channels, backbone.channels, config.head_channels, config.num_classes, dropout=config.dropout
         )
-        for norm in self.modules():
-            if isinstance(norm, nn.BatchNorm1d):
-                norm.momentum = config.norm_momentum
 
     def forward(self, batch: PointBatch) -> PointLogits:
         """Logits of the points inside the grid; there may be none."""

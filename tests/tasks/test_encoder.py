@@ -8,20 +8,21 @@ import pytest
 import torch
 
 from picture3d.errors import CheckpointError
+from picture3d.models.dsvt import DsvtConfig
 from picture3d.pretrain.picture import Picture
 from picture3d.tasks.encoder import JoinedEncoder, load_encoder
 from picture3d.training.checkpoint import save_checkpoint
 from tests.tasks.small_scene import ENCODER, GRID, batch_of, layered_batch, no_points, small_task
 
 
-def settings_of(encoder=ENCODER, **grid: object) -> dict[str, object]:
+def settings_of(encoder: DsvtConfig = ENCODER, **grid: object) -> dict[str, object]:
     """The part of a saved run config that speaks of the encoder."""
     shape = {"range_min": GRID.range_min, "range_max": GRID.range_max, "voxel_size": GRID.voxel_size, "pillars": False}
     tree = {name: list(value) if isinstance(value, tuple) else value for name, value in {**shape, **grid}.items()}
     return {"encoder": encoder.model_dump(mode="json"), "grid": tree}
 
 
-def pretraining(path: Path, config: dict[str, object] | None = None, encoder=ENCODER) -> Picture:
+def pretraining(path: Path, config: dict[str, object] | None = None, encoder: DsvtConfig = ENCODER) -> Picture:
     """A pre-training checkpoint at `path`, as the training loop writes it."""
     torch.manual_seed(7)
     network = Picture(GRID, 1, encoder, teacher_channels=8)
@@ -118,12 +119,12 @@ def test_settings_that_no_tensor_shows_are_compared(tmp_path: Path, config: dict
 @pytest.mark.parametrize(
     "config",
     [
-        settings_of(ENCODER.with_overrides(["attention=padded"])),
+        settings_of(ENCODER.with_overrides(["attention=padded", "point_norm_momentum=0.01"])),
         settings_of(range_min=(-80.0, -8.0, -2.0)),
         {},
         {"encoder": None},
     ],
-    ids=["form of attention", "wider range", "no settings", "settings of another kind"],
+    ids=["how it is computed and trained", "wider range", "no settings", "settings of another kind"],
 )
 def test_settings_that_do_not_change_the_function_are_accepted(tmp_path: Path, config: dict[str, object]):
     pretraining(tmp_path / "model.safetensors", config)

@@ -172,7 +172,6 @@ def test_scores_are_accumulated_over_batches_and_count_points_outside_the_grid()
         ({"cross_entropy_weight": 0, "lovasz_weight": 0}, "nothing to learn"),
         ({"class_weights": [1.0, 1.0]}, "17 classes"),
         ({"class_weights": [1.0] + [0.0] * 16}, "at least one class"),
-        ({"norm_momentum": 0}, "norm_momentum"),
         ({"lovasz_wieght": 1}, "lovasz_weight"),
     ],
 )
