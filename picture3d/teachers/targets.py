@@ -90,6 +90,13 @@ class TargetsSummary:
     mean_cosine: float  # between the teacher's features and the stored ones, over the frames
     codecs: dict[str, int] = field(default_factory=dict)  # frames per codec
 
+    def __str__(self) -> str:
+        stored = ", ".join(f"{count} as {name}" for name, count in sorted(self.codecs.items())) or "none"
+        return (
+            f"{self.folder}: targets of {self.frames} keyframes in {self.logs} logs ({self.logs_made} made now), "
+            f"{self.cells:,} cells, {self.bytes / 2**20:.1f} MiB, {stored}, mean cosine {self.mean_cosine:.4f}"
+        )
+
 
 def view_frame(frame: Frame, teacher: Teacher, *, num_superclasses: int, seed: int) -> TeacherView:
     """Runs the teacher over one frame and clusters its cells: a pure function of points, teacher, k and seed.

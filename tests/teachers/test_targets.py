@@ -38,6 +38,7 @@ def test_every_keyframe_of_every_log_gets_targets_and_progress_is_told(dataset: 
     assert summary.bytes == sum(len(data) for name, data in content(summary.folder).items() if name != "teacher.json")
     assert 0.995 <= summary.mean_cosine <= 1
     assert sum(summary.codecs.values()) == 6
+    assert "targets of 6 keyframes in 3 logs (3 made now)" in str(summary)
     assert told[0] == (0, 6)
     assert told[-1] == (6, 6)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
