@@ -48,7 +48,7 @@ def line_chart(
     ys = np.concatenate([c[1] for c in curves.values()])
     y_ticks = _log_ticks(ys.min(), ys.max()) if log else nice_ticks(_low_end(ys), float(_high_end(ys)), 4)
     y_limits = (min(y_ticks[0], ys.min()), max(y_ticks[-1], ys.max())) if log else (y_ticks[0], y_ticks[-1])
-    x_ticks = [t for t in nice_ticks(*x_limits, 4) if x_limits[0] <= t <= x_limits[1]] or [x_limits[0]]
+    x_ticks = [t for t in nice_ticks(*x_limits, 4) if x_limits[0] <= t <= x_limits[1] and t == round(t)] or [x_limits[0]]
 
     def place_x(value: ArrayLike) -> NDArray[np.float64]:
         span = x_limits[1] - x_limits[0]

@@ -99,8 +99,10 @@ def _teacher(scene: SceneView, modes: Mapping[str, Mode]) -> Figure | None:
     said = {
         "teacher": "The teacher's features as colours: like colours mean like things.",
         "superclass": "The same features in clusters, the superclasses of this sweep.",
-        "hidden": "What one training step hides (orange): I2Mask hides most where a superclass is distinct, "
-        "and spares what is uniform.",
+        "hidden": "What one training step hides (orange): most of the superclasses that stand far apart from the others, "
+        "less of those whose points are scattered, and nothing of the plainest."
+        if "superclass" in keys
+        else "What one training step hides (orange).",
     }
     return Figure(
         "What is hidden, and why",
@@ -120,8 +122,8 @@ def _rebuilt(scene: SceneView, modes: Mapping[str, Mode]) -> Figure | None:
     truth = perspective(scene.xyz, mode.colors, camera=camera, size_px=(640, 460))
     points = np.concatenate([scene.xyz[~scene.hidden], mode.extra_m])
     colors = np.concatenate([quiet[~scene.hidden], np.full((len(mode.extra_m), 3), c.REBUILT, np.uint8)])
-    size = np.concatenate([np.full((~scene.hidden).sum(), 0.11), np.full(len(mode.extra_m), 0.06)])
-    rebuilt = perspective(points, colors, camera=camera, size_px=(640, 460), point_m=size, min_px=1.6)
+    size = np.concatenate([np.full((~scene.hidden).sum(), 0.11), np.full(len(mode.extra_m), 0.08)])
+    rebuilt = perspective(points, colors, camera=camera, size_px=(640, 460), point_m=size, min_px=2.0)
     return Figure(
         "Hidden and rebuilt",
         "The same spot three times. Grey is what the encoder was given, blue is what had been taken away, orange is what the "

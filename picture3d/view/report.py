@@ -35,6 +35,9 @@ _METRICS = {
     "coordinates": "hidden points (Chamfer, m²)",
     "features": "teacher's features (Smooth-L1)",
     "hidden_share": "share of voxels hidden",
+    "cross_entropy": "cross entropy",
+    "lovasz": "Lovász loss",
+    "accuracy": "share of points right",
     "lr": "learning rate",
 }
 
@@ -232,7 +235,9 @@ def _curve_group(group: CurveGroup, colors: Mapping[str, str]) -> str:
         return ""
     key = "".join(f'<li><i style="background:{colors[run]}"></i>{escape(run)}</li>' for run in group.runs)
     text = f"<p>{escape(group.text)}</p>" if group.text else ""
-    return f'<h3>{escape(group.title)}</h3>{text}<ul class="legend">{key}</ul><div class="charts">{"".join(charts)}</div>'
+    columns = 2 if len(charts) in {1, 2, 4} else 3
+    grid = f'<div class="charts" style="--columns:{columns}">{"".join(charts)}</div>'
+    return f'<h3>{escape(group.title)}</h3>{text}<ul class="legend">{key}</ul>{grid}'
 
 
 def _steps(steps: Sequence[Step]) -> str:

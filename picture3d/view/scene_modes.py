@@ -60,15 +60,15 @@ def scene_modes(scene: SceneView, class_names: Sequence[str]) -> dict[str, Mode]
         modes["superclass"] = Mode(
             "Teacher",
             "superclasses",
-            "The teacher's features, clustered within this sweep. The mask treats each cluster by how distinct it is.",
+            "The teacher's features, clustered within this sweep. The mask hides much of one cluster and little of another.",
             c.group_colors(scene.superclass),
         )
     if scene.hidden is not None:
         modes["hidden"] = Mode(
             "Pre-training",
             "hidden",
-            f"The puzzle of one training step: {_percent(scene.hidden)} of the points are hidden from the encoder, "
-            "more of them where superclasses are distinct.",
+            f"The puzzle of one training step: {_percent(scene.hidden)} of the points are hidden from the encoder."
+            + ("" if scene.superclass is None else " Superclasses that stand far apart from the others lose most."),
             c.mask_colors(scene.hidden),
             (("visible", c.VISIBLE), ("hidden", c.HIDDEN)),
         )
