@@ -11,6 +11,8 @@ import typer
 
 from picture3d.errors import Picture3dError
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -311,9 +313,12 @@ def main() -> None:
     except Picture3dError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        # The library beneath turns Ctrl-C into a silent exit of status 130 before it gets here.
+        if isinstance(end, SystemExit) and end.code != _INTERRUPTED:
+            raise
         typer.echo("interrupted; the same command goes on from what is finished (training: add --resume)", err=True)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -112,12 +112,15 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any, known: list[str]) -> 
 def _explain(cls: type[BaseModel], error: ValidationError, source: str) -> str:
     lines = []
     for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"]) or "(whole)"
+        path = ".".join(str(part) for part in item["loc"]) or "settings"
         if item["type"] == "extra_forbidden":
             guess = nearest(str(item["loc"][-1]), _field_names(cls))
             lines.append(f"unknown key '{path}'." + (f" Did you mean '{guess}'?" if guess else ""))
         else:
-            lines.append(f"{path}: {item['msg']} (got {item.get('input')!r})")
+            # A check over a whole section is given all of it, which would bury the words.
+            given = item.get("input")
+            got = "" if isinstance(given, dict | BaseModel) else f" (got {given!r})"
+            lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}{got}")
     return f"{source}: " + "; ".join(lines)
 
 
@@ -125,6 +128,7 @@ def _field_names(cls: type[BaseModel]) -> set[str]:
     names: set[str] = set()
     for name, field in cls.model_fields.items():
         names.add(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names |= _field_names(field.annotation)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                names |= _field_names(kind)
     return names

@@ -92,7 +92,11 @@ def targets(
     network = build_teacher(teacher, weights, machine)
     with Progress("targets") as progress:
         summary = compute_targets(dataset, network, num_superclasses=superclasses, seed=seed, progress=progress)
-    return f"{summary}; teacher '{network.name}', {network.dimension} columns, licence: {network.licence}"
+    return (
+        f"{summary.folder}: {summary.logs} logs ({summary.logs_made} made now), {summary.frames} keyframes, "
+        f"{summary.cells:,} cells, {summary.bytes / 1e6:.1f} MB; teacher '{network.name}', {network.dimension} columns, "
+        f"licence: {network.licence}"
+    )
 
 
 def _prepared(summary: PreparedSummary) -> str:

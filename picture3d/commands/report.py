@@ -153,7 +153,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
 def _scenes(runs: list[Run], root: Path, device: torch.device) -> list[SceneView]:
     """A few keyframes, of the validation split if there is one, as the networks see them."""
     dataset = PreparedDataset(root)
-    split = "val" if dataset.logs("val") else None
+    split = "val" if "val" in dataset.splits and dataset.keyframes("val") else None
     keys = dataset.keyframes(split)
     logs = list(dict.fromkeys(key.log for key in keys))[:_SCENES]
     chosen = [[key for key in keys if key.log == log] for log in logs]
@@ -200,7 +200,7 @@ def _look_at_pretraining(
 ) -> None:
     task = build_picture(config, device)
     load_into(task.module, load_weights(run.folder.path).tensors)
-    source = build_targets(config.targets, config.data.root, device)
+    source = build_targets(config.targets, dataset.root, device)
     whole = config.data.model_copy(update={"range_min": None, "range_max": None, "augment": None, "sweeps": 1})
     batch = collate([load_sample(dataset, key, whole, None, targets=source)]).to(device)
     values["encoder_colors"][run.name] = _encoder_colors(task, batch)[near]

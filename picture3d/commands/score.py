@@ -52,12 +52,11 @@ def probe(
 
     machine = start(device, threads)
     config = read_run_config(run)
+    share = config.data.with_overrides([f"label_share={label_share}"])  # checked, as a copy's values are not
     encoder = JoinedEncoder(config.grid.grid, config.in_features, config.encoder, pillars=config.grid.pillars).to(machine)
     load_encoder(encoder, run)
     train = FrameBatches(
-        config.data.model_copy(
-            update={"root": data or config.data.root, "label_share": label_share, "labels": True, "augment": None}
-        ),
+        share.model_copy(update={"root": data or config.data.root, "labels": True, "augment": None}),
         batch_size=1,
         seed=seed,
         train=False,

@@ -9,7 +9,7 @@ from picture3d.commands.build import build_picture, build_segmentation, build_ta
 from picture3d.commands.machine import start
 from picture3d.config import read_config_tree
 from picture3d.errors import ConfigError
-from picture3d.recipes.catalogue import PRETRAINING, SEGMENTATION, pretraining_recipe, segmentation_recipe
+from picture3d.recipes.catalogue import PRETRAINING, SEGMENTATION, any_recipe, pretraining_recipe, segmentation_recipe
 from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
 from picture3d.tasks.segmentation import load_encoder
 from picture3d.training.loop import FitResult, fit
@@ -90,10 +90,7 @@ def describe_recipes(name: str | None) -> str:
             lines.append(f"{title}:")
             lines += [f"  {key:26s}{(make.__doc__ or '').splitlines()[0]}" for key, make in recipes.items()]
         return "\n".join(lines)
-    find = segmentation_recipe if name in SEGMENTATION else pretraining_recipe
-    if name not in SEGMENTATION and name not in PRETRAINING:
-        raise ConfigError(f"no recipe is called '{name}'. There are: {', '.join([*PRETRAINING, *SEGMENTATION])}.")
-    return json.dumps(find(name, data).model_dump(mode="json"), indent=2)
+    return json.dumps(any_recipe(name, data).model_dump(mode="json"), indent=2)
 
 
 def _pretrain_config(recipe: str, saved: Path | None, data: Path | None, overrides: list[str]) -> PretrainConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,6 +47,15 @@ def segmentation_recipe(name: str, data: Path) -> SegmentationConfig:
     return _find(SEGMENTATION, name, "segmentation")(data)
 
 
+def any_recipe(name: str, data: Path) -> PretrainConfig | SegmentationConfig:
+    """The recipe called `name`, of either kind, on the prepared frames in `data`.
+
+    Raises:
+        ConfigError: for an unknown name; the nearest one is given.
+    """
+    return _find({**PRETRAINING, **SEGMENTATION}, name, "")(data)
+
+
 def tiny(config: _Config) -> _Config:
     """Shrinks any recipe to a coarse grid, a narrow encoder and two steps: for tests, and to try a command out."""
     low, high = config.grid.range_min, config.grid.range_max
@@ -73,9 +82,9 @@ def tiny(config: _Config) -> _Config:
     return config.model_copy(update={"grid": grid, "encoder": encoder, "training": training, "workers": 0})
 
 
-def _find(recipes: dict[str, Callable[[Path], _Recipe]], name: str, kind: str) -> Callable[[Path], _Recipe]:
+def _find(recipes: Mapping[str, Callable[[Path], _Recipe]], name: str, kind: str) -> Callable[[Path], _Recipe]:
     if name in recipes:
         return recipes[name]
     guess = nearest(name, recipes)
     hint = f" Did you mean '{guess}'?" if guess else ""
-    raise ConfigError(f"no {kind} recipe is called '{name}'.{hint} There are: {', '.join(recipes)}.")
+    raise ConfigError(f"no {kind + ' ' if kind else ''}recipe is called '{name}'.{hint} There are: {', '.join(recipes)}.")

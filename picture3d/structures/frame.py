@@ -30,8 +30,9 @@ class Frame:
     previous: tuple[int, ...] = ()  # indices of earlier sweeps of the same log, newest first
 
     def __post_init__(self) -> None:
-        if self.labels is not None and len(self.labels) != len(self.points):
-            raise ValueError(f"{self.log}[{self.index}] has {len(self.labels)} labels for {len(self.points)} points")
+        for name, column in (("labels", self.labels), ("instances", self.instances)):
+            if column is not None and len(column) != len(self.points):
+                raise ValueError(f"{self.log}[{self.index}] has {len(column)} {name} for {len(self.points)} points")
 
     @property
     def global_from_lidar(self) -> Pose | None:
