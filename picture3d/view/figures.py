@@ -165,7 +165,7 @@ def _labels(scene: SceneView, modes: Mapping[str, Mode], class_names: Sequence[s
         "The class of every point: the truth first, then each network's answer, seen from behind and above the car.",
         tuple(panels),
         class_legend(shown, class_names),
-        columns=1 if len(panels) == 1 else 2,
+        columns={1: 1, 2: 2, 4: 2}.get(len(panels), 3),
     )
 
 
