@@ -56,7 +56,9 @@ class MaskConfig(FrozenConfig):
         "literal: over the members above lambda only; off: coefficient 1",
     )
     min_ratio: float = Field(default=0.1, ge=0, le=1, description="a sweep that would hide less than this uses coefficient 1")
-    target_ratio: float | None = Field(default=None, ge=0, le=1, description="scale the shares so that this share is hidden")
+    target_ratio: float | None = Field(
+        default=None, ge=0, le=1, description="scale the shares so that this share of the voxels with a target is hidden"
+    )
 
     @model_validator(mode="after")
     def _groups_fit(self) -> Self:

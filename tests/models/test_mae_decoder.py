@@ -165,8 +165,9 @@ def test_golden_light_decoder(path: Path):
     coords = torch.from_numpy(golden["voxel_coords"][:, [0, 3, 2, 1]])
     visible = torch.from_numpy(golden["visible_coords"][:, [0, 3, 2, 1]])
     feats = openpcdet_input("light_decoder/visible_features", (len(visible), 192), seed)
+    pillars = SparseVoxels(visible, feats, (468, 468, 1), int(coords[:, 0].max()) + 1)
     with torch.no_grad():
-        out = decoder.decode(SparseVoxels(visible, feats, (468, 468, 1), 1), coords, torch.from_numpy(golden["mask"]) > 0)
+        out = decoder.decode(pillars, coords, torch.from_numpy(golden["mask"]) > 0)
     rows = torch.from_numpy(golden["rows"]).long()
     np.testing.assert_allclose(out[rows], golden["per_voxel_features_rows"], rtol=1e-4, atol=1e-4)
     _, first = np.unique(voxel_keys(coords, (468, 468, 32)).numpy() // 32, return_index=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from picture3d.pretrain.masking import MaskConfig
 from picture3d.pretrain.picture import Picture, PretrainStep, PretrainTask, pretrain_step
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.voxels import VoxelGrid
+from picture3d.training.loop import Task, TrainingConfig, fit
+from picture3d.training.runlog import RunFolder
 from tests.golden_weights import golden_weight_seed, openpcdet_state
 from tests.sample_data import golden_dir, golden_files
 
@@ -92,6 +95,22 @@ def test_a_few_steps_on_one_batch_bring_both_losses_down():
         history.append((terms["coordinates"].item(), terms["features"].item()))
     assert history[-1][0] < 0.5 * history[0][0]
     assert history[-1][1] < 0.7 * history[0][1]
+
+
+class _ThreeBatches:
+    steps_per_epoch = 3
+
+    def epoch(self, epoch: int, start_step: int) -> Iterator[PointBatch]:
+        return iter([random_batch(200, seed=seed) for seed in range(3)][start_step:])
+
+
+def test_the_training_loop_trains_it_and_logs_the_share_hidden(tmp_path: Path):
+    task: Task = PretrainTask(small_picture(), MaskConfig(target_ratio=0.5), LossConfig())
+    config = TrainingConfig(epochs=1, batch_size=3, threads=1)
+    fit(task, _ThreeBatches(), config, RunFolder(tmp_path / "run"), progress=lambda done, total, note: None)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    assert all(0.3 < line["losses"]["hidden_share"] <= 0.5 for line in lines)
 
 
 def test_the_same_generator_gives_the_same_step_and_another_a_different_mask():
