@@ -42,7 +42,7 @@ def test_every_command_explains_itself(command):
 
 
 def test_every_command_is_in_the_list_above():
-    found = {tuple([c.name or (c.callback.__name__ if c.callback else "")]) for c in app.registered_commands}
+    found = {(c.name or (c.callback.__name__ if c.callback else ""),) for c in app.registered_commands}
     for group in app.registered_groups:
         assert group.typer_instance is not None
         found |= {(str(group.name), str(c.name)) for c in group.typer_instance.registered_commands}

@@ -74,7 +74,8 @@ def run_segmentation(config: SegmentationConfig, out: Path, resume: bool, device
     task = build_segmentation(config, machine)
     report = None
     if config.pretrained is not None:
-        report = load_encoder(task.module, config.pretrained, allow_partial=config.allow_partial)
+        inputs = config.data.model_dump(mode="json", include={"features", "intensity_scale"})
+        report = load_encoder(task.module, config.pretrained, allow_partial=config.allow_partial, inputs=inputs)
     run = RunFolder(out)
     run.claim(config)
     run.log(f"encoder from {config.pretrained}: {report.summary()}" if report else "encoder from scratch")

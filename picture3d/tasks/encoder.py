@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,9 @@ class EncoderReport:
         return ". ".join(parts)
 
 
-def load_encoder(network: JoinedEncoder, source: Path, *, allow_partial: bool = False) -> EncoderReport:
+def load_encoder(
+    network: JoinedEncoder, source: Path, *, allow_partial: bool = False, inputs: Mapping[str, Any] | None = None
+) -> EncoderReport:
     """Takes over the encoder of a pre-training (or of another task) by name; everything else in `network` stays as it is.
 
     A checkpoint that says which settings it was trained with is compared with `network` first: windows, set sizes or voxel
@@ -101,6 +103,8 @@ def load_encoder(network: JoinedEncoder, source: Path, *, allow_partial: bool = 
         network: receives the weights of `vfe` and `backbone_3d`.
         source: run folder, or a safetensors file with the same names.
         allow_partial: accept tensors without a place, places without a tensor, and other settings.
+        inputs: settings of the data, by name, that decide what a point feature means (``features``, ``intensity_scale``) and
+            therefore have to agree too.
 
     Returns:
         What was loaded, skipped and left new; show its `summary()` to the user.
@@ -110,7 +114,7 @@ def load_encoder(network: JoinedEncoder, source: Path, *, allow_partial: bool = 
             `allow_partial` is not set. The network is then unchanged.
     """
     checkpoint = load_weights(source)
-    differences = _differences(network, checkpoint.meta.get("config"))
+    differences = _differences(network, checkpoint.meta.get("config"), inputs or {})
     if differences and not allow_partial:
         raise CheckpointError(
             f"{source}: this encoder was trained with other settings: {'; '.join(differences)}. Use the same "
@@ -139,7 +143,7 @@ def _by_part(names: Iterable[str]) -> str:
     return ", ".join(f"{count} of {part}" for part, count in counts.items())
 
 
-def _differences(network: JoinedEncoder, config: Any) -> tuple[str, ...]:
+def _differences(network: JoinedEncoder, config: Any, inputs: Mapping[str, Any]) -> tuple[str, ...]:
     """Settings of the encoder in a saved config that differ from the network's; none if the config does not tell."""
     config = config if isinstance(config, dict) else {}
     here: dict[str, Any] = {
@@ -154,7 +158,8 @@ def _differences(network: JoinedEncoder, config: Any) -> tuple[str, ...]:
         "grid.z": [grid.range_min[2], grid.range_max[2]],
         "grid.pillars": network.vfe.pillars,
     }
-    there = {f"encoder.{key}": value for key, value in _tree(config, "encoder").items()}
+    here |= {f"data.{key}": value for key, value in inputs.items()}
+    there = {f"{part}.{key}": value for part in ("encoder", "data") for key, value in _tree(config, part).items()}
     saved = _tree(config, "grid")
     there |= {f"grid.{key}": value for key, value in saved.items()}
     if "range_min" in saved and "range_max" in saved:

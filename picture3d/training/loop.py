@@ -344,7 +344,9 @@ class _Trainer:
 
     def _finish(self) -> FitResult:
         state = self.state
-        save_checkpoint(self.run.model_path, model_tensors(self.module), self._meta())
+        # Without the clock's readings: the same run gives the same file, to the byte.
+        meta = {name: value for name, value in self._meta().items() if name != "progress"}
+        save_checkpoint(self.run.model_path, model_tensors(self.module), meta)
         self.run.update_summary(
             {
                 "status": "finished",

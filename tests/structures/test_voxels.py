@@ -23,7 +23,7 @@ def test_a_grid_that_does_not_divide_says_what_would_fit():
     ("high", "size"), [(1.0, 0.0), (1.0, -0.5), (-1.0, 0.5), (0.0, 0.5), (1.0, 10.0), (float("nan"), 0.5), (1.0, float("nan"))]
 )
 def test_a_grid_without_a_cell_is_refused(high, size):
-    with pytest.raises(ConfigError, match="z from 0.0 to .* holds no cell"):
+    with pytest.raises(ConfigError, match=r"z from 0\.0 to .* holds no cell"):
         VoxelGrid((0.0, 0.0, 0.0), (1.0, 1.0, high), (0.5, 0.5, size))
 
 

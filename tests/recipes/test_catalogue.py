@@ -1,0 +1,202 @@
+"""Shipped recipes must not rot: each is valid, survives JSON, builds, and trains when shrunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from picture3d.commands.build import build_picture, build_segmentation, training_batches
+from picture3d.errors import ConfigError
+from picture3d.recipes.catalogue import (
+    PRETRAINING,
+    SEGMENTATION,
+    any_recipe,
+    pretraining_recipe,
+    segmentation_recipe,
+    tiny,
+)
+from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
+from picture3d.structures.frame import Frame
+from picture3d.structures.poses import Pose
+from picture3d.structures.targets import FrameTargets
+from picture3d.training.loop import fit
+from picture3d.training.runlog import RunFolder
+from tests.datasets.made_frames import made_frame, write_made_dataset
+
+NAMES = [*PRETRAINING, *SEGMENTATION]
+
+
+class OctantTeacher:
+    """One cell per octant and 4 m ring around the sensor; features that differ from cell to cell."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def targets(self, frame: Frame) -> FrameTargets:
+        xyz = frame.points.xyz
+        octant = (xyz > 0) @ np.array([1, 2, 4])
+        ring = (np.linalg.norm(xyz, axis=1) // 4).astype(np.int64)
+        keys, cell = np.unique(ring * 8 + octant, return_inverse=True)
+        features = np.cos(np.arange(1, self.channels + 1) * keys[:, None] / 10).astype(np.float16)
+        return FrameTargets(features, (keys % 8).astype(np.uint8), cell.astype(np.int64))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two logs of a slowly moving car: four sweeps each, of which every second is a keyframe."""
+
+    def sweeps(log: str, seed: int) -> Iterator[Frame]:
+        for index in range(4):
+            pose = Pose.from_yaw(0.02 * index, (0.5 * index, 0.0, 0.0))
+            last = index % 2 == 1
+            changes = {"global_from_ego": pose, "is_keyframe": last}
+            yield made_frame(log, index, points=600, seed=seed, **(changes if last else {**changes, "labels": None}))
+
+    root = tmp_path_factory.mktemp("recipes") / "prepared"
+    logs = {log: list(sweeps(log, seed)) for seed, log in enumerate(["log-a", "log-b", "log-c"])}
+    return write_made_dataset(root, logs, splits={"train": ["log-a", "log-b"], "val": ["log-c"]})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_survives_json(name, tmp_path):
+    config = any_recipe(name, Path("prepared"))
+    config.save(tmp_path / "config.json")
+    assert type(config).load(tmp_path / "config.json") == config
+    assert config.recipe == name
+    assert config.with_overrides(["training.batch_size=3"]).training.batch_size == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_passes_its_own_checks(name):
+    # Recipes are changed by copies, which check nothing.
+    config = any_recipe(name, Path("prepared"))
+    assert type(config).from_tree(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_builds_at_full_size(name):
+    config = any_recipe(name, Path("prepared"))
+    with torch.device("meta"):
+        build = build_picture if isinstance(config, PretrainConfig) else build_segmentation
+        module = build(config, torch.device("meta")).module  # pyright: ignore[reportArgumentType]
+    assert sum(p.numel() for p in module.parameters()) > 50_000
+    assert all(p.is_meta for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shrunk_recipe_is_valid_and_stays_itself(name):
+    config = any_recipe(name, Path("prepared"))
+    small = tiny(config) if isinstance(config, PretrainConfig) else tiny(config)
+    assert type(small).from_tree(small.model_dump(mode="json")) == small
+    assert (small.recipe, small.data.features, small.data.sweeps) == (name, config.data.features, config.data.sweeps)
+    assert small.grid.pillars == config.grid.pillars
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_a_shrunk_pretraining_recipe_trains(name, prepared, tmp_path):
+    config = tiny(pretraining_recipe(name, prepared))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"every": 1})})
+    batches = training_batches(config, OctantTeacher(config.targets.channels))
+    task = build_picture(config, torch.device("cpu"))
+    before = [p.detach().clone() for p in task.module.parameters()]
+    run = RunFolder(tmp_path / "run")
+    run.claim(config)
+    result = fit(task, batches, config.training, run)
+    assert result.steps == 2
+    assert {"total", "coordinates"} <= set(result.losses)
+    assert ("features" in result.losses) == (config.loss.features_weight > 0)
+    assert all(np.isfinite(value) for value in result.losses.values())
+    unmoved = sum(torch.equal(a, b) for a, b in zip(before, task.module.parameters(), strict=True))
+    assert unmoved < len(before) / 4
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_a_shrunk_segmentation_recipe_trains(name, prepared, tmp_path):
+    config = tiny(segmentation_recipe(name, prepared))
+    task = build_segmentation(config, torch.device("cpu"))
+    run = RunFolder(tmp_path / "run")
+    run.claim(config)
+    result = fit(task, training_batches(config, None), config.training, run)
+    assert result.steps == 2
+    assert {"total", "cross_entropy", "lovasz"} <= set(result.losses)
+    assert all(np.isfinite(value) for value in result.losses.values())
+
+
+def test_a_recipe_with_two_extra_features_feeds_them_to_the_network(prepared):
+    config = tiny(pretraining_recipe("waymo-picture", prepared))
+    batch = training_batches(config, None).batch(0, 0)
+    assert config.in_features == 2
+    assert batch.features.shape[1] == 2
+    assert 0 <= batch.features.min() <= batch.features.max() <= 1
+
+
+def test_ten_sweeps_are_asked_for_and_those_that_exist_are_merged(prepared):
+    config = tiny(pretraining_recipe("nuscenes-picture", prepared))
+    batch = training_batches(config, OctantTeacher(64)).batch(0, 0)
+    assert config.data.sweeps == 10
+    assert batch.features[:, 1].min() == 0
+    assert batch.features[:, 1].max() > 0
+    assert batch.point_cell is not None
+    assert (batch.point_cell[batch.features[:, 1] > 0] == -1).all(), "targets exist for the keyframe alone"
+
+
+def test_the_town_runs_differ_in_their_loss_alone():
+    picture, coordinates = (pretraining_recipe(f"town-{kind}", Path("p")).model_dump() for kind in ("picture", "coordinates"))
+    assert {key for key in picture if picture[key] != coordinates[key]} == {"recipe", "loss"}
+
+
+def test_a_pretrained_encoder_fits_the_segmentation_recipe_of_its_family():
+    for pre, seg in (("town-picture", "town-segmentation"), ("nuscenes-picture", "nuscenes-segmentation")):
+        a, b = pretraining_recipe(pre, Path("p")), segmentation_recipe(seg, Path("p"))
+        assert (a.encoder, a.grid, a.data.features, a.data.sweeps, a.data.intensity_scale) == (
+            b.encoder,
+            b.grid,
+            b.data.features,
+            b.data.sweeps,
+            b.data.intensity_scale,
+        )
+
+
+def test_an_unknown_recipe_names_the_nearest_of_its_kind():
+    with pytest.raises(ConfigError, match="no pre-training recipe is called 'town-segmentation'"):
+        pretraining_recipe("town-segmentation", Path("p"))
+    with pytest.raises(ConfigError, match="Did you mean 'town-segmentation'"):
+        segmentation_recipe("town-segment", Path("p"))
+    with pytest.raises(ConfigError, match=r"no recipe is called 'zzz'\. There are: "):
+        any_recipe("zzz", Path("p"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("grid.pillars=true", "pillars need one cell along z: set voxel_size z to 8"),
+        ("targets.mode=none", "leaves nothing for loss.features_weight"),
+        ("mask.kind=nothing", r"mask\.kind"),
+        ("encoder.channels=65", "65"),
+        ("grid.range_max=[48, 48, 3.1]", "not a whole number"),
+        ("training.max_steps=null", "training: give epochs or max_steps"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_in_words(change, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        pretraining_recipe("town-picture", Path("p")).with_overrides([change])
+    assert len(str(caught.value)) < 500
+
+
+def test_a_run_without_a_teacher_needs_random_masks():
+    base = pretraining_recipe("town-picture", Path("p"))
+    changes = ["targets.mode=none", "loss.features_weight=0"]
+    with pytest.raises(ConfigError, match=r"set mask\.kind=random"):
+        base.with_overrides(changes)
+    assert base.with_overrides([*changes, "mask.kind=random"]).targets.mode == "none"
+
+
+def test_a_segmentation_config_is_not_read_as_a_pretraining(tmp_path):
+    segmentation_recipe("town-segmentation", Path("p")).save(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match="kind: "):
+        PretrainConfig.load(tmp_path / "config.json")
+    assert SegmentationConfig.load(tmp_path / "config.json").kind == "segmentation"
