@@ -11,6 +11,7 @@ from typing import Any, Self, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from picture3d.errors import ConfigError
+from picture3d.files import write_json
 
 
 class FrozenConfig(BaseModel):
@@ -50,8 +51,12 @@ class FrozenConfig(BaseModel):
         return cls.from_tree(read_config_tree(path), source=str(path))
 
     def save(self, path: Path) -> None:
-        """Writes the whole resolved config as JSON."""
-        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+        """Writes the whole resolved config as JSON.
+
+        Raises:
+            DataError: if the file cannot be written.
+        """
+        write_json(path, self.model_dump(mode="json"))
 
 
 def read_config_tree(path: Path) -> dict[str, Any]:

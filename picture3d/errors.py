@@ -6,7 +6,7 @@ class Picture3dError(Exception):
 
 
 class DataError(Picture3dError):
-    """A raw or prepared file is missing, damaged, or not what its name says."""
+    """A file is missing, damaged, not what its name says, or cannot be written."""
 
 
 class ConfigError(Picture3dError):

@@ -12,9 +12,9 @@ from picture3d.commands import data as data_commands
 from picture3d.commands.report import write_report
 from picture3d.commands.score import run_evaluation
 from picture3d.commands.train import run_pretraining, run_segmentation
+from picture3d.files import write_text
 from picture3d.recipes.catalogue import pretraining_recipe, segmentation_recipe
 from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
-from picture3d.training.atomic import write_text
 from picture3d.training.runlog import duration
 from picture3d.view.report_data import Step
 

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from picture3d import __version__
 from picture3d.datasets.frame_columns import BOX_COLUMNS, OPTIONAL_COLUMNS, columns_of, frame_of, record_of
 from picture3d.errors import DataError
+from picture3d.files import whole_file
 from picture3d.formats.columns import PLANES, Codec, checked_size, decode, dtype_name, encode
-from picture3d.formats.whole_files import whole_file
 from picture3d.structures.frame import Frame
 
 FORMAT_VERSION = 1

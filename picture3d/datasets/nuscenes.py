@@ -26,6 +26,7 @@ from picture3d.datasets.prepared import (
     write_dataset,
 )
 from picture3d.errors import DataError
+from picture3d.files import read_json_object
 from picture3d.formats.columns import PLANES, Codec
 from picture3d.formats.nuscenes_tables import (
     RawAnnotation,
@@ -37,7 +38,6 @@ from picture3d.formats.nuscenes_tables import (
     read_sweep,
     read_tables,
 )
-from picture3d.formats.whole_files import read_json_object
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
 from picture3d.structures.points import IntensityUnit, PointCloud

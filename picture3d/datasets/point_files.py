@@ -25,6 +25,7 @@ from picture3d.datasets.prepared import (
     write_dataset,
 )
 from picture3d.errors import DataError
+from picture3d.files import read_bounded
 from picture3d.formats.columns import PLANES, Codec
 from picture3d.formats.pcd import read_pcd
 from picture3d.formats.ply import read_ply
@@ -37,7 +38,6 @@ from picture3d.formats.point_tables import (
     read_npy,
     read_npy_array,
 )
-from picture3d.formats.whole_files import read_bounded
 from picture3d.structures.frame import Frame
 from picture3d.structures.points import IntensityUnit, PointCloud
 from picture3d.structures.poses import Pose

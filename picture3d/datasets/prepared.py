@@ -15,7 +15,7 @@ from picture3d import __version__
 from picture3d.datasets.label_sets import LabelSet, label_set
 from picture3d.datasets.log_file import FORMAT_VERSION, LogHeader, LogReader, LogSummary, LogWriter, check_log_name
 from picture3d.errors import DataError
-from picture3d.formats.whole_files import read_json_object, write_json
+from picture3d.files import read_json_object, write_json
 from picture3d.structures.frame import Frame
 
 __all__ = [

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.errors import DataError
+from picture3d.files import read_bounded
 from picture3d.formats.point_tables import MAX_FILE_BYTES, MAX_POINTS, MAX_TEXT_BYTES, PointTable
-from picture3d.formats.whole_files import read_bounded
 
 _MAX_HEADER = 1 << 16
 _MAX_FIELDS = 256

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.errors import DataError
-from picture3d.formats.whole_files import read_bounded
+from picture3d.files import read_bounded
 
 PointTable = dict[str, NDArray[np.generic]]
 

@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from picture3d.errors import ConfigError, DataError
-from picture3d.formats.whole_files import read_json_object, whole_file, write_json
+from picture3d.files import read_json_object, whole_file, write_json
 from picture3d.structures.poses import Pose
 from picture3d.synthetic.categories import LIDARSEG_CATEGORIES
 from picture3d.synthetic.drive import EGO_FROM_LIDAR, DriveConfig, DriveStep, drive_step

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from picture3d.errors import DataError
-from picture3d.formats.whole_files import read_json_object, write_json
+from picture3d.files import read_json_object, write_json
 from picture3d.ops.quantize import Quantisation, continuous_cells, quantise_points
 from picture3d.structures.frame import Frame
 from picture3d.structures.targets import FrameTargets

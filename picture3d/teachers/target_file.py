@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.errors import DataError
-from picture3d.formats.whole_files import whole_file
+from picture3d.files import whole_file
 from picture3d.teachers.feature_codecs import FeatureCodec, decode_features, encoded_size
 
 FORMAT_VERSION = 1

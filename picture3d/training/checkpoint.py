@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from picture3d.errors import CheckpointError
-from picture3d.training.atomic import replacing
+from picture3d.files import replacing
 
 _META_KEY = "picture3d"
 _STEP_NAME = re.compile(r"step_(\d+)\.safetensors")
@@ -66,7 +66,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str
     """Writes tensors and JSON-able `meta` to `path`, atomically and synced.
 
     Raises:
-        TrainingError: if the file cannot be written; what stood at `path` before is untouched.
+        DataError: if the file cannot be written; what stood at `path` before is untouched.
     """
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()

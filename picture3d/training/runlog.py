@@ -13,7 +13,7 @@ from typing import Any
 
 from picture3d.config import FrozenConfig, read_config_tree
 from picture3d.errors import ConfigError, TrainingError
-from picture3d.training.atomic import append_line, replacing, write_text
+from picture3d.files import append_line, replacing, write_text
 
 _LISTED = 6
 

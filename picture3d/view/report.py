@@ -7,15 +7,13 @@ escaped. The page's style sheet and its small 3-D viewer stand beside this file 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from picture3d.errors import DataError
+from picture3d.files import write_text
 from picture3d.view import curves
 from picture3d.view.colors import class_colors, ramp_table
 from picture3d.view.figures import Figure, background_css, hero_picture, scene_figures
@@ -48,20 +46,7 @@ def render_report(data: ReportData, path: Path) -> Path:
     Raises:
         DataError: if the file cannot be written.
     """
-    page = report_html(data).encode("utf-8")
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"{path}: the report cannot be written ({error.strerror or error}). Choose another place.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # gone already if all went well
+    write_text(path, report_html(data))
     return path
 
 

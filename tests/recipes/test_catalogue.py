@@ -90,7 +90,7 @@ def test_a_recipe_builds_at_full_size(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shrunk_recipe_is_valid_and_stays_itself(name):
     config = any_recipe(name, Path("prepared"))
-    small = tiny(config) if isinstance(config, PretrainConfig) else tiny(config)
+    small = tiny(config)  # pyright: ignore[reportArgumentType]
     assert type(small).from_tree(small.model_dump(mode="json")) == small
     assert (small.recipe, small.data.features, small.data.sweeps) == (name, config.data.features, config.data.sweeps)
     assert small.grid.pillars == config.grid.pillars

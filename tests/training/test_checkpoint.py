@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from picture3d.errors import CheckpointError, TrainingError
+from picture3d.errors import CheckpointError, DataError
 from picture3d.training.checkpoint import (
     checkpoint_path,
     checkpoint_steps,
@@ -77,7 +77,7 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: P
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("picture3d.training.checkpoint.save_file", disk_full)
-    with pytest.raises(TrainingError, match=r"x\.safetensors: cannot be written \(No space left on device\)"):
+    with pytest.raises(DataError, match=r"x\.safetensors: cannot be written \(No space left on device\)"):
         save_checkpoint(path, {"a": torch.zeros(3)}, {"step": 2})
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
@@ -85,9 +85,9 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: P
 
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(TrainingError, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be written"):
         save_checkpoint(tmp_path / "file" / "x.safetensors", {"a": torch.ones(1)}, {})
-    with pytest.raises(TrainingError, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be written"):
         RunFolder(tmp_path / "absent").append_metrics({"step": 1})
 
 

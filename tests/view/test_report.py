@@ -278,5 +278,5 @@ def test_an_overview_shows_the_method_in_six_panels():
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"report\.html: the report cannot be written"):
+    with pytest.raises(DataError, match=r"report\.html: cannot be written"):
         render_report(ReportData(title="t"), tmp_path / "file" / "report.html")

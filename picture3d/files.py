@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all: written beside their place, synced, renamed."""
+"""Files that exist whole or not at all (written beside their place, synced, renamed) and bounded reading of small ones."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PARTIAL_SUFFIX = ".partial"
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Yields a binary file that takes its name `path` only when the block ends without an error.
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
-    Until then the bytes are in ``<path>.partial``; a left-over of a killed run is overwritten, an error removes it.
-    The data and the folder are synced, so after the block the file survives a power cut.
+    The temporary name is ``<path>.partial``; a left-over of a killed run is overwritten, an error removes it and leaves what
+    stood at `path` before. The data and the folder are synced, so after the block the file survives a power cut.
 
     Raises:
         DataError: if the folder cannot be written or the disk is full.
@@ -27,21 +27,51 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
+        yield partial
+        with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
     except OSError as error:
         _remove(partial)
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}). Nothing was left half-written; "
-            "free some space or choose a folder that can be written, and run again: what is finished is kept."
-        ) from error
+        raise _unwritable(path, error) from error
     except BaseException:
         _remove(partial)
         raise
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a binary file that takes its name `path` only when the block ends without an error; see :func:`replacing`.
+
+    Raises:
+        DataError: if the folder cannot be written or the disk is full.
+    """
+    with replacing(path) as partial, partial.open("wb") as file:
+        yield file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8, whole or not at all.
+
+    Raises:
+        DataError: if the file cannot be written.
+    """
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to `path`; of a crash in its middle a torn last line remains.
+
+    Raises:
+        DataError: if it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def write_json(path: Path, tree: Any) -> None:
@@ -50,8 +80,7 @@ def write_json(path: Path, tree: Any) -> None:
     Raises:
         DataError: if the file cannot be written.
     """
-    with whole_file(path) as file:
-        file.write((json.dumps(tree, indent=2, allow_nan=False) + "\n").encode())
+    write_text(path, json.dumps(tree, indent=2, allow_nan=False) + "\n")
 
 
 def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
@@ -96,14 +125,24 @@ def read_bounded(path: Path, *, max_bytes: int) -> bytes:
     return data
 
 
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path}: cannot be written ({error.strerror or error}). Nothing was left half-written, and what stood there before is "
+        "untouched. Free some space or choose a folder that can be written, and run again: what is finished is kept."
+    )
+
+
 def _remove(path: Path) -> None:
+    # The clean-up may fail for the same reason as the writing, and is not what the user needs to hear about.
     with suppress(OSError):
         path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Makes a rename in `folder` survive a power cut; without effect where folders cannot be synced."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

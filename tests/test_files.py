@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from picture3d.errors import DataError
-from picture3d.formats.whole_files import read_bounded, read_json_object, whole_file, write_json
+from picture3d.files import read_bounded, read_json_object, whole_file, write_json
 
 
 def test_a_file_appears_only_when_the_block_ends(tmp_path):
