@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from picture3d.errors import DataError
-from picture3d.files import read_bounded, read_json_object, whole_file, write_json
+from picture3d.files import append_line, read_bounded, read_json_object, replacing, whole_file, write_json, write_text
 
 
 def test_a_file_appears_only_when_the_block_ends(tmp_path):
@@ -37,6 +37,32 @@ def test_what_a_killed_run_left_over_is_overwritten(tmp_path):
         file.write(b"x")
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
     assert (tmp_path / "a.bin").read_bytes() == b"x"
+
+
+def test_a_name_to_write_to_takes_its_place_and_a_name_that_was_not_written_is_an_error(tmp_path):
+    path = tmp_path / "a.bin"
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"abc")
+        assert temporary.parent == tmp_path
+        assert not path.exists()
+    assert path.read_bytes() == b"abc"
+    with pytest.raises(DataError, match=r"a\.bin: cannot be written \(No such file"), replacing(path):
+        pass
+    assert path.read_bytes() == b"abc"
+
+
+def test_text_is_utf8_and_lines_are_added_at_the_end(tmp_path):
+    write_text(tmp_path / "a", "é\n")
+    append_line(tmp_path / "a", "ü")
+    assert (tmp_path / "a").read_bytes() == "é\nü\n".encode()
+    with pytest.raises(DataError, match="absent/a: cannot be written"):
+        append_line(tmp_path / "absent" / "a", "x")
+
+
+def test_what_json_cannot_say_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"value": float("nan")})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -12,6 +12,7 @@ from picture3d.commands import data as data_commands
 from picture3d.commands.report import write_report
 from picture3d.commands.score import run_evaluation
 from picture3d.commands.train import run_pretraining, run_segmentation
+from picture3d.errors import ConfigError
 from picture3d.files import write_text
 from picture3d.recipes.catalogue import pretraining_recipe, segmentation_recipe
 from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
@@ -77,6 +78,8 @@ def demo(out: Path, *, tiny: bool, threads: int) -> str:
     runs.mkdir(parents=True, exist_ok=True)
     done = json.loads((out / "summary.json").read_text()) if (out / "summary.json").is_file() else None
     if done is not None:
+        if done["tiny"] != tiny:
+            raise ConfigError(f"{out}: holds a demo of the other size (--tiny or not). Remove it, or choose another --out.")
         return f"{_table(done)}\n\nThis demo was already finished; remove {out} to run it again.\nreport: {done['report']}"
     steps = _Steps(out / "steps.json")
     steps.run(

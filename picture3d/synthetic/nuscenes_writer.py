@@ -482,5 +482,6 @@ def _refuse_other(path: Path, settings: Row) -> None:
 def _refuse_foreign(root: Path, version: str) -> None:
     if (root / version).exists():
         raise ConfigError(
-            f"{root / version} holds tables that this command did not write. Choose an empty folder: real data is never mixed with a town."
+            f"{root / version} holds tables that this command did not write. Choose an empty folder: "
+            "real data is never mixed with a town."
         )

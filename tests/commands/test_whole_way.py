@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from picture3d.cli import app, main
 from picture3d.datasets.loading import FrameBatches
-from picture3d.errors import Picture3dError
+from picture3d.errors import ConfigError, Picture3dError
 from picture3d.recipes.catalogue import pretraining_recipe, segmentation_recipe, tiny
 from picture3d.structures.batch import PointBatch
 
@@ -255,3 +255,5 @@ def test_the_tiny_demo_ends_with_a_summary_and_a_second_one_returns_at_once(tmp_
     second = do("demo", "--tiny", "--out", out)
     assert "already finished" in second
     assert json.loads((out / "summary.json").read_text()) == summary
+    with pytest.raises(ConfigError, match="other size"):
+        do("demo", "--out", out)
