@@ -69,6 +69,8 @@ def read_config_tree(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: this config file cannot be read ({error.strerror or error})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a JSON config file ({error})") from None
     if not isinstance(tree, dict):

@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from picture3d.config import FrozenConfig, nearest
-from picture3d.errors import ConfigError
+from picture3d.errors import ConfigError, DataError
 
 
 class Optim(FrozenConfig):
@@ -94,6 +94,14 @@ def test_what_is_no_config_is_refused_by_name(tmp_path: Path, content):
         Whole.load(path)
     with pytest.raises(ConfigError, match="no such config file"):
         Whole.load(tmp_path / "other.json")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Whole.load(tmp_path)
+
+
+def test_a_config_that_cannot_be_saved_is_an_error_of_ours(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/config\.json: cannot be written"):
+        Whole().save(tmp_path / "file" / "config.json")
 
 
 def test_a_file_with_an_unknown_key_names_file_key_and_nearest(tmp_path):
