@@ -90,6 +90,13 @@ def line_chart(
     return "".join(parts) + "</svg>"
 
 
+def spans_decades(lines: Mapping[str, tuple[ArrayLike, ArrayLike]], ratio: float = 10.0) -> bool:
+    """Whether curves stay above 0 and change by more than `ratio`: on an even axis most of them would lie on the floor."""
+    values = np.concatenate([np.zeros(0), *(np.asarray(y, np.float64).ravel() for _, y in lines.values())])
+    values = values[np.isfinite(values)]
+    return len(values) > 0 and values.min() > 0 and bool(values.max() > ratio * values.min())
+
+
 def bar(share: float | None, color: str) -> str:
     """A horizontal bar that fills `share` (0..1) of its box; an empty track where there is no number."""
     track = '<rect width="100%" height="100%" rx="3" fill="currentColor" fill-opacity=".08"/>'

@@ -38,6 +38,7 @@ _METRICS = {
     "accuracy": "share of points right",
     "lr": "learning rate",
 }
+_LOSSES = {"total", "coordinates", "features", "cross_entropy"}
 
 
 def render_report(data: ReportData, path: Path) -> Path:
@@ -208,12 +209,14 @@ def _legend(legend: Legend) -> str:
 
 
 def _curve_group(group: CurveGroup, colors: Mapping[str, str]) -> str:
-    metrics = list(dict.fromkeys(metric for run in group.runs.values() for metric in run))
+    found = dict.fromkeys(metric for run in group.runs.values() for metric in run)
+    metrics = [m for m in _METRICS if m in found] + [m for m in found if m not in _METRICS]
     charts = []
     for metric in metrics:
-        lines = {run: (found[metric].steps, found[metric].values) for run, found in group.runs.items() if metric in found}
-        title = _METRICS.get(metric, readable(metric))
-        chart = curves.line_chart(lines, colors=colors, title=f"{group.title}: {title}", log=group.log)
+        lines = {run: (by[metric].steps, by[metric].values) for run, by in group.runs.items() if metric in by}
+        log = group.log or (metric in _LOSSES and curves.spans_decades(lines))
+        title = _METRICS.get(metric, readable(metric)) + (", logarithmic" if log else "")
+        chart = curves.line_chart(lines, colors=colors, title=f"{group.title}: {title}", log=log)
         if chart:
             charts.append(f'<div class="chartbox"><h4>{escape(title)}</h4>{chart}</div>')
     if not charts:
@@ -243,7 +246,8 @@ def _steps(steps: Sequence[Step]) -> str:
             f'<li><div class="step"><span class="name">{escape(step.name)}{detail}</span>{track}'
             f'<span class="num">{_seconds(seconds)}</span></div>{command}</li>'
         )
-    said = f"<p>{_seconds(total)} in all. Every step is a command of its own; type it again to repeat it.</p>" if total else ""
+    repeat = " Every step is a command of its own; type it again to repeat it." if any(s.command for s in steps) else ""
+    said = f"<p>{_seconds(total)} in all.{repeat}</p>" if total else ""
     return f'{said}<ol class="steps">{"".join(rows)}</ol>'
 
 

@@ -99,3 +99,11 @@ def test_texts_in_charts_are_escaped():
     svg = curves.line_chart({"a": ([0, 1], [1, 2])}, colors={"a": '"><script>'}, title="<script>", x_label="<b>")
     assert not re.search(r"<script|<b>", svg)
     parsed(svg)
+
+
+def test_curves_that_fall_tenfold_span_decades_and_those_that_reach_zero_do_not():
+    steps = np.arange(3)
+    assert curves.spans_decades({"a": (steps, [1.0, 0.5, np.nan]), "b": (steps, [2.0, 0.1, 0.09])})
+    assert not curves.spans_decades({"a": (steps, [1.0, 0.5, 0.2])})
+    assert not curves.spans_decades({"a": (steps, [1.0, 0.5, 0.0])})
+    assert not curves.spans_decades({})
