@@ -16,12 +16,16 @@ from picture3d.synthetic.streets import BLOCKS, CELL_M, Plan, Road, Way
 Rng = np.random.Generator
 # One shuffled deck after the other is dealt along the kerbs, so that the rare kinds come up everywhere.
 _KERB_DECK = (
-    ["car"] * 14 + ["gap"] * 5 + ["truck"] * 2 + ["trailer"] * 2 + ["bus"] + ["bendy"] + ["motorcycles"] * 2
-    + ["bicycles"] * 2 + ["works"] * 2 + ["barriers"] * 2 + ["cones"]
+    ["car"] * 13 + ["gap"] * 7 + ["truck"] * 2 + ["trailer"] * 2 + ["bus"] * 2 + ["motorcycles"] * 2 + ["bicycles"] * 2
+    + ["works"] * 4 + ["barriers"] * 2 + ["cones"] * 2
 )  # fmt: skip
 _PAVEMENT_DECK = (
     ["tree"] * 10 + ["lamp"] * 3 + ["sign"] * 3 + ["bollard"] * 2 + ["cabinet"] + ["bin"] + ["bush"] * 2 + ["bicycle"] * 3
-    + ["people"] * 4 + ["motorcycle"] + ["shelter"]
+    + ["people"] * 4 + ["motorcycle"] + ["shelter"] + ["cones"] * 4 + ["barriers"] * 2
+)  # fmt: skip
+_YARD_DECK = (
+    ["car"] * 8 + ["gap"] * 4 + ["truck"] * 2 + ["trailer"] * 2 + ["bus"] + ["construction"] * 4 + ["motorcycle"] * 3 + ["bicycle"] * 2
+    + ["barrier"] * 2 + ["cone"] * 2
 )  # fmt: skip
 _BUILDERS: dict[str, tuple[str, Callable[[Rng], Parts], str]] = {
     "car": ("vehicle.car", shapes.car, "vehicle.parked"),
@@ -71,6 +75,7 @@ class Furnisher:
     taken: np.ndarray = field(init=False)  # (rows, columns) bool, cells of 1 m that something fixed stands on
     kerb_deck: list[str] = field(default_factory=list)
     pavement_deck: list[str] = field(default_factory=list)
+    yard_deck: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.taken = np.zeros((int(self.plan.size_m), int(self.plan.size_m)), bool)
@@ -113,7 +118,8 @@ class Furnisher:
         """One side of a road between two crossings (or a crossing and the edge of the town)."""
         forward = (side < 0) == road.along_x
         turn = 0.0 if forward == self.plan.drives_right else np.pi
-        self._kerb(road, side, low + cut[0] + 9, high - cut[1] - 9, turn)
+        if road.parks(side):
+            self._kerb(road, side, low + cut[0] + 9, high - cut[1] - 9, turn)
         self._pavement(road, side, low + cut[0] + 5, high - cut[1] - 5)
         self._fronts(road, side, low + cut[0] + 6, high - cut[1] - 6)
 
@@ -127,7 +133,7 @@ class Furnisher:
             card = self.deal(self.kerb_deck, _KERB_DECK)
             if card in ("motorcycles", "bicycles"):
                 for _ in range(int(rng.integers(2, 6))):
-                    x, y, yaw = self._spot(road, side, at + 0.4, road.parking + 0.1)
+                    x, y, yaw = self._spot(road, side, at + 0.4, road.track("parking", side) + 0.1)
                     self.stand(card[:-1], x, y, yaw + np.pi / 2 + rng.normal(0, 0.15))
                     at += rng.uniform(0.8, 1.3)
                 at += 1.0
@@ -137,22 +143,22 @@ class Furnisher:
                 at = self._works(road, side, at, turn)
             elif card == "barriers":
                 for _ in range(int(rng.integers(3, 8))):
-                    x, y, yaw = self._spot(road, side, at + 1, road.half - rng.uniform(1.9, 2.1))
+                    x, y, yaw = self._spot(road, side, at + 1, road.half(side) - rng.uniform(1.9, 2.1))
                     self.stand("barrier", x, y, yaw + np.pi / 2)
                     at += 2.5
             elif card == "cones":
                 for _ in range(int(rng.integers(3, 7))):
-                    x, y, yaw = self._spot(road, side, at + 1, road.half - rng.uniform(1.6, 2.3))
+                    x, y, yaw = self._spot(road, side, at + 1, road.half(side) - rng.uniform(1.6, 2.3))
                     self.stand("cone", x, y, yaw)
                     at += rng.uniform(1.5, 3.0)
             else:
-                category, build, attribute = _BUILDERS[card]
+                category, build, attribute = _BUILDERS["bendy" if card == "bus" and rng.random() < 0.2 else card]
                 parts = build(rng)
                 reach = _length(parts)
                 at += reach / 2
                 if at + reach / 2 > high:
                     break
-                x, y, yaw = self._spot(road, side, at, road.parking + rng.uniform(-0.1, 0.15))
+                x, y, yaw = self._spot(road, side, at, road.track("parking", side) + rng.uniform(-0.1, 0.15))
                 back = np.pi if card == "car" and rng.random() < 0.1 else 0.0
                 self.things.append(
                     Thing(category, parts, attribute, self._on_ground(x, y, yaw + turn + back + rng.normal(0, 0.02)))
@@ -163,24 +169,24 @@ class Furnisher:
         """A fenced-off stretch of the parking lane with a machine and workers."""
         rng = self.rng
         length = rng.uniform(9, 13)
-        x, y, yaw = self._spot(road, side, at + length / 2, road.parking - 0.1)
+        x, y, yaw = self._spot(road, side, at + length / 2, road.track("parking", side) - 0.1)
         self.stand("construction", x, y, yaw + turn + rng.normal(0, 0.08))
         style = rng.choice(["cone", "barrier"])
         for along in np.arange(at + 0.5, at + length, 2.4):
-            x, y, yaw = self._spot(road, side, float(along), road.half - 2.75)
+            x, y, yaw = self._spot(road, side, float(along), road.half(side) - 2.75)
             self.stand(str(style), x, y, yaw + np.pi / 2)
         for along in (at - 0.4, at + length + 0.4):
             for across in (0.5, 1.6):
-                x, y, yaw = self._spot(road, side, along, road.half - across)
+                x, y, yaw = self._spot(road, side, along, road.half(side) - across)
                 self.stand("cone", x, y, yaw)
         for _ in range(int(rng.integers(1, 4))):
-            x, y, _ = self._spot(road, side, at + rng.uniform(0, 1.5), road.half - rng.uniform(0.6, 2.2))
+            x, y, _ = self._spot(road, side, at + rng.uniform(0, 1.5), road.half(side) - rng.uniform(0.6, 2.2))
             self.person(x, y, worker=True)
         return at + length + 1.5
 
     def _pavement(self, road: Road, side: int, low: float, high: float) -> None:
         rng, at = self.rng, low + self.rng.uniform(0, 4)
-        strip = road.half + (road.verge / 2 if road.verge > 0 else 0.45)
+        strip = road.half(side) + (road.verge / 2 if road.verge > 0 else 0.45)
         inward = np.pi if side > 0 else 0.0
         while at < high - 2:
             card = self.deal(self.pavement_deck, _PAVEMENT_DECK)
@@ -189,11 +195,13 @@ class Furnisher:
             if card == "tree":
                 self.fixed(scenery.tree(rng), "static.vegetation", x, y, rng.uniform(0, 6.28))
             elif card == "bush":
-                x, y, yaw = self._spot(road, side, at, road.edge + 1.2)
+                x, y, yaw = self._spot(road, side, at, road.edge(side) + 1.2)
                 self.fixed(scenery.bush(rng), "static.vegetation", x, y, yaw)
             elif card == "people":
                 for _ in range(int(rng.integers(1, 4))):
-                    x, y, _ = self._spot(road, side, at + rng.uniform(0, 2), road.pavement + rng.uniform(-0.3, 0.3) * road.walk)
+                    x, y, _ = self._spot(
+                        road, side, at + rng.uniform(0, 2), road.track("pavement", side) + rng.uniform(-0.3, 0.3) * road.walk
+                    )
                     self.person(x, y)
                     at += 0.6
             elif card == "bicycle":
@@ -201,10 +209,21 @@ class Furnisher:
                     x, y, yaw = self._spot(road, side, at, strip + rng.uniform(-0.05, 0.2))
                     self.stand("bicycle", x, y, yaw + rng.normal(np.pi / 3, 0.2))
                     at += rng.uniform(0.6, 1.2)
+            elif card in ("cones", "barriers"):
+                # A dug-up stretch of the kerb.
+                for _ in range(int(rng.integers(3, 6))):
+                    x, y, yaw = self._spot(
+                        road, side, at, road.half(side) + (0.35 if card == "barriers" else rng.uniform(-0.2, 0.4))
+                    )
+                    self.stand(card[:-1], x, y, yaw + np.pi / 2)
+                    at += 2.4 if card == "barriers" else rng.uniform(0.9, 1.8)
+                if rng.random() < 0.6:
+                    x, y, _ = self._spot(road, side, at + 0.5, road.half(side) + 0.5)
+                    self.person(x, y, worker=True)
             elif card in ("bin", "motorcycle"):
                 self.stand(card, x, y, yaw + rng.normal(0, 0.3))
             elif card == "shelter":
-                x, y, yaw = self._spot(road, side, at + 2, road.edge + 0.9)
+                x, y, yaw = self._spot(road, side, at + 2, road.edge(side) + 0.9)
                 self.fixed(scenery.shelter(rng), "static.manmade", x, y, to_road)
                 at += 4
             else:
@@ -219,8 +238,8 @@ class Furnisher:
         rng, at = self.rng, low
         while at < high - 4:
             length = min(rng.uniform(5, 14), high - at)
-            x, y, yaw = self._spot(road, side, at + length / 2, road.edge + 0.5)
-            style = rng.choice(["none", "wall", "hedge"], p=[0.3, 0.32, 0.38])
+            x, y, yaw = self._spot(road, side, at + length / 2, road.edge(side) + 0.5)
+            style = rng.choice(["none", "wall", "hedge"], p=[0.4, 0.38, 0.22])
             if style == "wall" and self._free(x, y, yaw, length / 2, 0.2):
                 self.fixed(scenery.wall(rng, length), "static.manmade", x, y, yaw)
             elif style == "hedge" and self._free(x, y, yaw, length / 2, 0.2):
@@ -228,15 +247,50 @@ class Furnisher:
             at += length + rng.uniform(0.3, 4)
         at = low
         while at < high - 6:
-            length, depth = rng.uniform(8, 26), rng.uniform(8, 15)
-            x, y, yaw = self._spot(road, side, at + length / 2, road.edge + rng.uniform(1.8, 6.0) + depth / 2)
-            self.house(x, y, yaw, length, depth)
-            at += length + rng.uniform(0.5, 7)
+            length, depth = rng.uniform(8, 24), rng.uniform(8, 15)
+            if rng.random() < (0.2 if road.parks(side) else 0.45):
+                self._forecourt(road, side, at, length, depth)
+            else:
+                x, y, yaw = self._spot(road, side, at + length / 2, road.edge(side) + rng.uniform(1.5, 4.5) + depth / 2)
+                self.house(x, y, yaw, length, depth)
+            at += length + rng.uniform(0.5, 6)
         for along in np.arange(low + 2, high - 2, 5.0):
-            x, y, yaw = self._spot(road, side, float(along) + rng.uniform(-2, 2), road.edge + rng.uniform(1.3, 7.0))
-            if rng.random() < 0.75 and self._free(x, y, yaw, 0.5, 0.5):
+            x, y, yaw = self._spot(road, side, float(along) + rng.uniform(-2, 2), road.edge(side) + rng.uniform(1.3, 7.0))
+            if rng.random() < 0.6 and self._free(x, y, yaw, 0.5, 0.5):
                 plant = scenery.tree if rng.random() < 0.55 else scenery.bush
                 self.fixed(plant(rng), "static.vegetation", x, y, yaw)
+
+    def _forecourt(self, road: Road, side: int, at: float, length: float, depth: float) -> None:
+        """A paved yard behind the pavement with vehicles across it, machines and barriers."""
+        rng = self.rng
+        x, y, yaw = self._spot(road, side, at + length / 2, road.edge(side) + depth / 2)
+        px, py = self._footprint(x, y, yaw, length / 2, depth / 2, per_metre=2 / CELL_M)
+        columns, rows = (np.clip((p / CELL_M).astype(int), 0, len(self.cover) - 1) for p in (px, py))
+        grass = self.cover[rows, columns] == TERRAIN
+        if (
+            grass.mean() < 0.9
+            or self.taken[np.minimum(py, self.plan.size_m - 1).astype(int), px.astype(int) % len(self.taken)].any()
+        ):
+            return
+        self.cover[rows[grass], columns[grass]] = rng.choice([PARKING, OTHER_FLAT])
+        along = at + rng.uniform(1.5, 2.5)
+        while along < at + length - 1.5:
+            card = self.deal(self.yard_deck, _YARD_DECK)
+            if card == "gap":
+                along += rng.uniform(1, 4)
+            elif card in ("barrier", "cone"):
+                for across in np.arange(1.0, depth - 1, 2.3):
+                    x, y, yaw = self._spot(road, side, along, road.edge(side) + float(across))
+                    self.stand(card, x, y, yaw)
+                along += 1.5
+            else:
+                x, y, yaw = self._spot(road, side, along + 0.5, road.edge(side) + depth / 2 + rng.uniform(0, 0.5))
+                self.stand(card, x, y, yaw + rng.choice([-1, 1]) * np.pi / 2 + rng.normal(0, 0.05))
+                along += {"motorcycle": 1.2, "bicycle": 0.9}.get(card, 3.4) + rng.uniform(0, 0.5)
+            if card == "construction":
+                x, y, _ = self._spot(road, side, along - 1.2, road.edge(side) + rng.uniform(0.3, 1.5))
+                self.person(x, y, worker=True)
+        self._take(*self._spot(road, side, at + length / 2, road.edge(side) + depth / 2), length / 2, depth / 2)
 
     # -- in the plots ---------------------------------------------------------------------------------------------------
 
@@ -301,8 +355,11 @@ class Furnisher:
         area = self.cover[y0:y1, x0:x1]
         area[area == TERRAIN] = code
 
-    def _footprint(self, x: float, y: float, yaw: float, half_x: float, half_y: float) -> tuple[np.ndarray, np.ndarray]:
-        u, v = np.meshgrid(np.linspace(-half_x, half_x, int(half_x * 2) + 2), np.linspace(-half_y, half_y, int(half_y * 2) + 2))
+    def _footprint(
+        self, x: float, y: float, yaw: float, half_x: float, half_y: float, per_metre: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        columns, rows = (int(half * 2 * per_metre) + 2 for half in (half_x, half_y))
+        u, v = np.meshgrid(np.linspace(-half_x, half_x, columns), np.linspace(-half_y, half_y, rows))
         return x + u * np.cos(yaw) - v * np.sin(yaw), y + u * np.sin(yaw) + v * np.cos(yaw)
 
     def _free(self, x: float, y: float, yaw: float, half_x: float, half_y: float) -> bool:
@@ -344,7 +401,7 @@ class Furnisher:
         while True:
             name = str(
                 rng.choice(
-                    ["car", "truck", "bus", "motorcycle", "road train", "construction"], p=[0.6, 0.1, 0.05, 0.14, 0.07, 0.04]
+                    ["car", "truck", "bus", "motorcycle", "road train", "construction"], p=[0.66, 0.07, 0.04, 0.13, 0.06, 0.04]
                 )
             )
             if name == "road train":

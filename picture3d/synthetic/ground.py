@@ -18,6 +18,7 @@ COVER_LABEL = np.array(
 COVER_STEP = np.array([0.0, 0.0, 0.0, 0.12, 0.15, 0.11], np.float32)  # metres above the road
 COVER_REFLECTIVITY = np.array([13.0, 42.0, 16.0, 22.0, 27.0, 40.0], np.float32)
 COVER_ROUGHNESS = np.array([0.0, 0.0, 0.0, 0.01, 0.0, 0.07], np.float32)  # metres along the ray: grass against concrete
+_SHORT_STRETCH_M = 0.6  # narrower than any raised strip
 HIGHEST_STEP = float(COVER_STEP.max())
 
 
@@ -83,7 +84,7 @@ class Ground:
         shallow = np.flatnonzero(d[:, 2] > -0.16)
         steep = np.flatnonzero(d[:, 2] <= -0.16)
         if len(shallow):
-            stations = np.linspace(4.0, max_range, 18, dtype=np.float32)
+            stations = np.geomspace(4.0, max_range, 14, dtype=np.float32)
             above = clearance(stations[:, None], shallow)
             below = above < 0
             step = below.argmax(0)
@@ -117,10 +118,12 @@ class Ground:
         """Moves hits on the road level to the first raised cover that the ray meets before it."""
         ox, oy = np.float32(origin[0]), np.float32(origin[1])
         first = np.maximum(base + HIGHEST_STEP / fall, 0)
-        result = base.copy()
         code = self.code(ox + base * d[:, 0], oy + base * d[:, 1])
-        open_rays = np.arange(len(base))
-        previous = first
+        result = base + COVER_STEP[code] / fall
+        # Where the ray drops through all steps within a short stretch of one cover, that is its hit.
+        alike = code == self.code(ox + first * d[:, 0], oy + first * d[:, 1])
+        open_rays = np.flatnonzero(~alike | (base - first > _SHORT_STRETCH_M))
+        previous = first[open_rays]
         for share in np.linspace(0, 1, 7, dtype=np.float32):
             t = first[open_rays] + share * (base[open_rays] - first[open_rays])
             height = (t - base[open_rays]) * fall[open_rays]

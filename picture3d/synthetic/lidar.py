@@ -77,8 +77,7 @@ def scan(
     fan = lidar.fan()
     origin, rotation = global_from_lidar.translation, global_from_lidar.rotation
     near = town.primitives_near(float(origin[0]), float(origin[1]), lidar.max_range_m, time_s)
-    turn_back = np.broadcast_to(rotation.T, (len(near), 3, 3))
-    hits = cast(fan, near.moved(turn_back, np.broadcast_to(-rotation.T @ origin, (len(near), 3))), rng)
+    hits = cast(fan, near.seen_from(rotation, origin), rng)
     ground_m, cover, ground_cosine = town.ground.cast(
         origin, (fan.directions @ rotation.T.astype(np.float32)), lidar.max_range_m
     )

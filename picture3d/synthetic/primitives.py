@@ -6,7 +6,7 @@ z up. Placing objects turns the parts of all of them into one :class:`Primitives
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,13 +70,18 @@ class Primitives:
         """These rows, then those of `other`."""
         return Primitives(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
 
+    def seen_from(self, rotation: NDArray[np.float64], translation: NDArray[np.float64]) -> Primitives:
+        """All primitives in the frame b of `a_from_b` = (rotation (3, 3), translation (3,)), given in frame a."""
+        center = (self.center - translation) @ rotation
+        # R^T Q for every Q, as one product of long matrices.
+        turned = (self.rotation.transpose(0, 2, 1).reshape(-1, 3) @ rotation).reshape(-1, 3, 3).transpose(0, 2, 1)
+        return replace(self, center=center, rotation=turned)
+
     def moved(self, rotation: NDArray[np.float64], translation: NDArray[np.float64]) -> Primitives:
         """Each primitive moved by its own rotation (P, 3, 3) and translation (P, 3)."""
         center = np.einsum("pij,pj->pi", rotation, self.center) + translation
         turned = np.einsum("pij,pjk->pik", rotation, self.rotation)
-        return Primitives(
-            self.kind, center, self.half, turned, self.label, self.instance, self.reflectivity, self.free_path
-        )  # fmt: skip
+        return replace(self, center=center, rotation=turned)
 
 
 def place(

@@ -16,7 +16,7 @@ from picture3d.synthetic.primitives import BOX, CYLINDER, ELLIPSOID, Primitives
 
 Float32Array = NDArray[np.float32]
 Int32Array = NDArray[np.int32]
-_CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
+_CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float32)
 # Windows are widened by this angle, so that rounding never drops a ray that would hit.
 _SLACK_RAD = 1e-4
 
@@ -110,42 +110,40 @@ def cast(fan: RayFan, primitives: Primitives, rng: np.random.Generator) -> Hits:
 
 
 def _unit_frames(primitives: Primitives) -> tuple[Float32Array, Float32Array]:
-    """Matrices (P, 3, 3) that take directions to the frame in which a primitive is a unit shape, and the origin (P, 3) there."""
+    """Matrices (P, 3, 3) that take directions to where a primitive is a unit shape, and the origin (P, 3) there."""
     to_unit = primitives.rotation.transpose(0, 2, 1) / primitives.half[:, :, None]
-    origin = -np.einsum("pij,pj->pi", to_unit, primitives.center)
+    origin = -(to_unit * primitives.center[:, None, :]).sum(-1)
     return to_unit.astype(np.float32), origin.astype(np.float32)
 
 
 def _windows(fan: RayFan, primitives: Primitives) -> NDArray[np.int64]:
     """(P, 4): first azimuth, number of azimuths, first ring, number of rings that can meet each primitive."""
-    offsets = _CORNERS * primitives.half[:, None, :]
-    corners = primitives.center[:, None, :] + np.einsum("pij,pcj->pci", primitives.rotation, offsets)
-    flat = corners[..., :2]
-    closest = np.zeros(len(primitives))
-    toward = primitives.center[:, :2] / np.maximum(np.linalg.norm(primitives.center[:, :2], axis=1, keepdims=True), 1e-9)
-    for axis in (toward, _flat_unit(primitives.rotation[:, :2, 0]), _flat_unit(primitives.rotation[:, :2, 1])):
-        along = np.einsum("pcj,pj->pc", flat, axis)
-        closest = np.maximum(closest, np.maximum(along.min(1), -along.max(1)))
-    farthest = np.sqrt((flat**2).sum(-1)).max(1)
+    centre = primitives.center.T.astype(np.float32)
+    edges = (primitives.rotation * primitives.half[:, None, :]).astype(np.float32)  # columns: half edges
+    # Corners first, primitives last: numpy reduces over a short first axis much faster than over a short last one.
+    corners = centre + sum(_CORNERS[:, k, None, None] * edges[:, :, k].T for k in range(3))  # (8, 3, P)
+    x, y, z = corners[:, 0], corners[:, 1], corners[:, 2]
+    closest = np.zeros(len(primitives), np.float32)
+    for ux, uy in (centre[:2], edges[:, :2, 0].T, edges[:, :2, 1].T):
+        # All corners lie beyond a line across this direction: so does the primitive.
+        along = (x * ux + y * uy) / np.maximum(np.sqrt(ux * ux + uy * uy), np.float32(1e-9))
+        closest = np.maximum(closest, np.maximum(along.min(0), -along.max(0)))
+    farthest = np.sqrt((x * x + y * y).max(0))
     around = closest < 0.05  # above, below or inside: any azimuth
-    high, low = corners[..., 2].max(1), corners[..., 2].min(1)
-    near = np.maximum(closest, 0.05)
+    high, low = z.max(0), z.min(0)
+    near = np.maximum(closest, np.float32(0.05))
     top = np.arctan2(high, np.where(high > 0, near, farthest)) + _SLACK_RAD
     bottom = np.arctan2(low, np.where(low < 0, near, farthest)) - _SLACK_RAD
     first_ring = np.searchsorted(fan.elevations, bottom)
     rings = np.searchsorted(fan.elevations, top, side="right") - first_ring
-    middle = np.arctan2(primitives.center[:, 1], primitives.center[:, 0])
-    turn = np.arctan2(flat[..., 1], flat[..., 0]) - middle[:, None]
-    turn = (turn + np.pi) % (2 * np.pi) - np.pi
+    middle = np.arctan2(centre[1], centre[0])
+    # Angles of the corners from the middle: by cross and dot product, so that nothing wraps.
+    turn = np.arctan2(y * centre[0] - x * centre[1], x * centre[0] + y * centre[1])
     per_radian = fan.azimuths / (2 * np.pi)
-    first = np.ceil((np.pi - middle - turn.max(1) - _SLACK_RAD) * per_radian).astype(np.int64)
-    last = np.floor((np.pi - middle - turn.min(1) + _SLACK_RAD) * per_radian).astype(np.int64)
+    first = np.ceil((np.pi - middle - turn.max(0) - _SLACK_RAD) * per_radian).astype(np.int64)
+    last = np.floor((np.pi - middle - turn.min(0) + _SLACK_RAD) * per_radian).astype(np.int64)
     count = np.where(around, fan.azimuths, np.clip(last - first + 1, 0, fan.azimuths))
     return np.stack([first % fan.azimuths, count, first_ring, np.maximum(rings, 0)], 1)
-
-
-def _flat_unit(axis: NDArray[np.float64]) -> NDArray[np.float64]:
-    return axis / np.maximum(np.linalg.norm(axis, axis=1, keepdims=True), 1e-9)
 
 
 def _candidates(fan: RayFan, window: NDArray[np.int64]) -> tuple[Int32Array, NDArray[np.int64]]:
@@ -168,8 +166,8 @@ def _interval(
     dx, dy, dz = (column[ray] for column in np.ascontiguousarray(fan.directions.T))
 
     def component(axis: int) -> tuple[Float32Array, Float32Array]:
-        m = np.repeat(to_unit[:, axis, :], counts, axis=0)
-        return m[:, 0] * dx + m[:, 1] * dy + m[:, 2] * dz, np.repeat(origin[:, axis], counts)
+        mx, my, mz = (np.repeat(np.ascontiguousarray(to_unit[:, axis, k]), counts) for k in range(3))
+        return mx * dx + my * dy + mz * dz, np.repeat(np.ascontiguousarray(origin[:, axis]), counts)
 
     def slab(d: Float32Array, o: Float32Array) -> tuple[Float32Array, Float32Array]:
         inverse = 1 / np.where(np.abs(d) < 1e-12, np.float32(1e-12), d)

@@ -11,7 +11,7 @@ from picture3d.synthetic.ground import MARKING, OTHER_FLAT, ROAD, SIDEWALK, TERR
 
 CELL_M = 0.2
 BLOCKS = 2  # blocks inside the grid of roads along each axis
-_LANE, _CYCLE_STRIP, _PARKING_LANE = 3.2, 1.0, 2.4
+_LANE, _CYCLE_STRIP, _PARKING_LANE = 3.1, 0.9, 2.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,36 +26,42 @@ class Road:
     median: float  # half width of a raised strip in the middle, metres; 0: none
     verge: float  # width of the strip of grass between kerb and pavement, metres
     walk: float  # width of the pavement, metres
+    parking_lanes: tuple[bool, bool]  # on the side of smaller and of larger coordinates
+
+    def half(self, side: int) -> float:
+        """From the middle to the kerb on a side (-1 or +1), metres."""
+        return self.median + _LANE + _CYCLE_STRIP + (_PARKING_LANE if self.parks(side) else 0.0)
+
+    def parks(self, side: int) -> bool:
+        """Whether cars may stand at the kerb of a side."""
+        return self.parking_lanes[side > 0]
+
+    def edge(self, side: int) -> float:
+        """From the middle to the far edge of the pavement."""
+        return self.half(side) + self.verge + self.walk
+
+    def track(self, name: str, side: int) -> float:
+        """From the middle to where something goes or stands: "lane", "cycle", "parking" or "pavement"."""
+        match name:
+            case "lane":
+                return self.median + _LANE / 2
+            case "cycle":
+                return self.median + _LANE + 0.35
+            case "parking":
+                return self.half(side) - _PARKING_LANE / 2 + 0.1
+            case "pavement":
+                return self.half(side) + self.verge + self.walk / 2
+        raise ValueError(f"no track named {name!r}")
 
     @property
-    def half(self) -> float:
-        """From the middle to the kerb, metres."""
-        return self.median + _LANE + _CYCLE_STRIP + _PARKING_LANE
+    def widest_half(self) -> float:
+        """The larger distance from the middle to a kerb."""
+        return max(self.half(-1), self.half(1))
 
     @property
-    def lane(self) -> float:
-        """From the middle of the road to the middle of a lane."""
-        return self.median + _LANE / 2
-
-    @property
-    def cycle(self) -> float:
-        """To the line on which bicycles go."""
-        return self.median + _LANE + 0.5
-
-    @property
-    def parking(self) -> float:
-        """To the middle of the parked cars."""
-        return self.half - _PARKING_LANE / 2 + 0.1
-
-    @property
-    def pavement(self) -> float:
-        """To the middle of the pavement."""
-        return self.half + self.verge + self.walk / 2
-
-    @property
-    def edge(self) -> float:
-        """To the far edge of the pavement."""
-        return self.half + self.verge + self.walk
+    def widest_edge(self) -> float:
+        """The larger distance from the middle to the far edge of a pavement."""
+        return max(self.edge(-1), self.edge(1))
 
     def line(self, along: NDArray[np.floating] | float) -> NDArray[np.float64]:
         """The middle of the road at positions along it."""
@@ -116,22 +122,13 @@ def plan_town(rng: np.random.Generator, margin_m: float) -> Plan:
     def roads(along_x: bool) -> list[Road]:
         at, made = margin_m, []
         for i in range(BLOCKS + 1):
-            median = float(rng.choice([0.0, 0.9, 1.4], p=[0.45, 0.35, 0.2]))
+            median = float(rng.choice([0.0, 0.5, 0.9], p=[0.5, 0.3, 0.2]))
             if i == 1 and along_x:  # every car goes past some raised strip
-                median = 1.1
-            verge = float(rng.choice([0.0, 1.4, 2.4]))
-            made.append(
-                Road(
-                    along_x,
-                    at,
-                    rng.uniform(1.0, 5.0),
-                    rng.uniform(35, 60),
-                    rng.uniform(0, 6.28),
-                    median,
-                    verge,
-                    rng.uniform(2.4, 4.8),
-                )
-            )
+                median = 0.7
+            verge = float(rng.choice([0.0, 1.6, 2.8], p=[0.25, 0.35, 0.4]))
+            parking = (bool(rng.random() < 0.6), bool(rng.random() < 0.6))
+            sway, bend, phase = rng.uniform(1.0, 5.0), rng.uniform(35, 60), rng.uniform(0, 2 * np.pi)
+            made.append(Road(along_x, at, sway, bend, phase, median, verge, rng.uniform(2.4, 4.6), parking))
             at += rng.uniform(80, 105)
         return made
 
@@ -152,14 +149,15 @@ def paint(plan: Plan) -> NDArray[np.uint8]:
         stretch = np.sqrt(1 + road.tilt(centre) ** 2).astype(np.float32)
         line = road.line(centre).astype(np.float32)
         # Only the band around the road is touched.
-        low = max(int((line.min() - road.edge - 2) / CELL_M), 0)
-        high = min(int((line.max() + road.edge + 2) / CELL_M) + 1, cells)
+        low = max(int((line.min() - road.widest_edge - 2) / CELL_M), 0)
+        high = min(int((line.max() + road.widest_edge + 2) / CELL_M) + 1, cells)
         band = (slice(low, high), slice(None))
-        distance = np.abs(centre[low:high, None] - line[None, :]) / stretch[None, :]
+        signed = (centre[low:high, None] - line[None, :]) / stretch[None, :]
+        distance, half = np.abs(signed), np.where(signed > 0, np.float32(road.half(1)), np.float32(road.half(-1)))
         dashes = (centre % 7.0 < 3.0)[None, :]
         lines = ((distance < 0.12) & dashes) if road.median == 0 else (np.abs(distance - road.median - 0.2) < 0.1)
-        lines |= np.abs(distance - (road.half - _PARKING_LANE)) < 0.1
-        inner = distance - road.half
+        lines |= np.abs(distance - road.median - _LANE - _CYCLE_STRIP) < 0.1
+        inner = distance - half
         beyond = np.where(inner < road.verge, np.where(inner < 0, -1, np.inf), inner - road.verge - road.walk).astype(
             np.float32
         )
@@ -197,17 +195,17 @@ def _paint_crossing(
 ) -> None:
     """No medians or lines inside a crossing; zebra stripes and a corner of pavement around it."""
     x, y = crossing_of(rx, ry)
-    reach_x, reach_y = ry.half + 8, rx.half + 8
+    reach_x, reach_y = ry.widest_half + 8, rx.widest_half + 8
     cols = np.flatnonzero(np.abs(centre - x) < reach_x)
     rows = np.flatnonzero(np.abs(centre - y) < reach_y)
     area = np.ix_(rows, cols)
     gx, gy = np.abs(centre[cols] - x)[None, :], np.abs(centre[rows] - y)[:, None]
     local, road = cover[area], on_road[area]
-    local[road & (gx < ry.half + 7) & (gy < rx.half + 7)] = ROAD
-    zebra_x = (gx > ry.half + 2) & (gx < ry.half + 5) & (gy < rx.half) & (gy % 1.0 < 0.5)
-    zebra_y = (gy > rx.half + 2) & (gy < rx.half + 5) & (gx < ry.half) & (gx % 1.0 < 0.5)
+    local[road & (gx < ry.widest_half + 7) & (gy < rx.widest_half + 7)] = ROAD
+    zebra_x = (gx > ry.widest_half + 2) & (gx < ry.widest_half + 5) & (gy < rx.widest_half) & (gy % 1.0 < 0.5)
+    zebra_y = (gy > rx.widest_half + 2) & (gy < rx.widest_half + 5) & (gx < ry.widest_half) & (gx % 1.0 < 0.5)
     local[road & (zebra_x | zebra_y)] = MARKING
-    local[(gx < ry.edge) & (gy < rx.edge) & (local == TERRAIN)] = SIDEWALK
+    local[(gx < ry.widest_edge) & (gy < rx.widest_edge) & (local == TERRAIN)] = SIDEWALK
     cover[area] = local
 
 
@@ -215,24 +213,17 @@ def _around(plan: Plan, block: tuple[int, int], lane: str) -> Way:
     i, j = block
     south, north, west, east = plan.roads_x[j], plan.roads_x[j + 1], plan.roads_y[i], plan.roads_y[i + 1]
     # Anticlockwise, each side at its distance towards the block.
-    sides = [(south, 1.0), (east, -1.0), (north, -1.0), (west, 1.0)]
-    corners = [
-        _meet(
-            sides[k][0],
-            sides[k][1] * getattr(sides[k][0], lane),
-            sides[k - 1][0],
-            sides[k - 1][1] * getattr(sides[k - 1][0], lane),
-        )
-        for k in range(4)
-    ]
+    sides = [(south, 1), (east, -1), (north, -1), (west, 1)]
+    lines = [(road, side * road.track(lane, side)) for road, side in sides]
+    corners = [_meet(*lines[k], *lines[k - 1]) for k in range(4)]
     cut = {"lane": 9.0, "cycle": 8.0}.get(lane, 3.0)
     pieces: list[NDArray[np.float64]] = []
-    for k, (road, side) in enumerate(sides):
+    for k, (road, distance) in enumerate(lines):
         axis = 0 if road.along_x else 1
         start, end = corners[k][axis], corners[(k + 1) % 4][axis]
         sign = np.sign(end - start)
         along = np.arange(start + sign * cut, end - sign * cut, sign * 1.0)
-        pieces.append(road.beside(along, side * getattr(road, lane)))
+        pieces.append(road.beside(along, distance))
     points: list[NDArray[np.float64]] = []
     for k, piece in enumerate(pieces):
         following = pieces[(k + 1) % 4]

@@ -19,7 +19,7 @@ from picture3d.synthetic.categories import INDEX_OF
 from picture3d.synthetic.furnish import Furnisher, Thing
 from picture3d.synthetic.ground import Ground
 from picture3d.synthetic.primitives import Primitives, extent, place, rotation_yaw_pitch
-from picture3d.synthetic.streets import BLOCKS, CELL_M, Way, crossing_of, paint, plan_town
+from picture3d.synthetic.streets import BLOCKS, CELL_M, Road, Way, crossing_of, paint, plan_town
 
 # Boxes stand off the surface by this, so that range noise (sigma 0.02 m) seldom carries a point out.
 BOX_MARGIN_M = 0.06
@@ -34,6 +34,24 @@ class TownConfig(FrozenConfig):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Route:
+    """The things that move along one way."""
+
+    way: int
+    things: NDArray[np.intp]  # (m,)
+    start: NDArray[np.float64]  # (m,)
+    side: NDArray[np.float64]  # (m,)
+    sense: NDArray[np.float64]  # (m,)
+    speed: NDArray[np.float64]  # (4, m)
+
+    @staticmethod
+    def of(way: int, things: tuple[Thing, ...]) -> _Route:
+        rows = [i for i, thing in enumerate(things) if thing.way == way]
+        start, side, sense = (np.array([getattr(things[i], name) for i in rows], float) for name in ("start", "side", "sense"))
+        return _Route(way, np.array(rows, np.intp), start, side, sense, np.array([things[i].speed for i in rows]).T)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Town:
     """Everything there is. Thing i has instance number i + 1; 0 is scenery and ground."""
 
@@ -44,6 +62,8 @@ class Town:
     ways: tuple[Way, ...]
     ego_way: int
     ego_pace: tuple[float, float, float, float]
+    _start_poses: NDArray[np.float64]  # (things, 4), right for what stands
+    _routes: tuple[_Route, ...]
     _fixed: Primitives  # scenery and standing things, global frame
     _fixed_reach: NDArray[np.float64]  # (P,) radius of each
     _moving: Primitives  # movers, each in its own frame
@@ -62,20 +82,13 @@ class Town:
 
     def poses(self, time_s: float) -> NDArray[np.float64]:
         """(things, 4): ground point x, y, z and yaw of every thing at a time."""
-        poses = np.array([thing.pose for thing in self.things]).reshape(-1, 4)
-        by_way: dict[int, list[int]] = {}
-        for i, thing in enumerate(self.things):
-            if thing.way >= 0:
-                by_way.setdefault(thing.way, []).append(i)
-        for way, rows in by_way.items():
-            movers = [self.things[i] for i in rows]
-            speed = np.array([m.speed for m in movers])
-            start, sense, side = (np.array([getattr(m, name) for m in movers], float) for name in ("start", "sense", "side"))
-            position, yaw = self.ways[way].at(sense * (start + _progress(speed.T, time_s)))
-            yaw = yaw + np.where(sense < 0, np.pi, 0.0)
-            left = np.stack([-np.sin(yaw), np.cos(yaw)], 1) * (side * sense)[:, None]
-            poses[rows, :2], poses[rows, 3] = position + left, yaw
-            poses[rows, 2] = self.ground.surface(poses[rows, 0], poses[rows, 1])
+        poses = self._start_poses.copy()
+        for route in self._routes:
+            position, yaw = self.ways[route.way].at(route.sense * (route.start + _progress(route.speed, time_s)))
+            yaw = yaw + np.where(route.sense < 0, np.pi, 0.0)
+            across = route.side * route.sense
+            x, y = position[:, 0] - np.sin(yaw) * across, position[:, 1] + np.cos(yaw) * across
+            poses[route.things] = np.stack([x, y, self.ground.surface(x, y), yaw], 1)
         return poses
 
     def boxes(self, time_s: float, keep: NDArray[np.intp] | None = None) -> Boxes:
@@ -135,7 +148,7 @@ def build_town(seed: int, config: TownConfig = TownConfig()) -> Town:  # noqa: B
             _line_road(maker, road, others)
     for rx in plan.roads_x:
         for ry in plan.roads_y:
-            _corner_lights(maker, crossing_of(rx, ry), ry.half, rx.half)
+            _corner_lights(maker, crossing_of(rx, ry), ry.widest_half, rx.widest_half)
     block = (int(rng.integers(BLOCKS)), int(rng.integers(BLOCKS)))
     ego_way = maker.traffic(block)
     things = tuple(t for t in maker.things if config.traffic or t.way < 0)
@@ -143,30 +156,29 @@ def build_town(seed: int, config: TownConfig = TownConfig()) -> Town:  # noqa: B
 
 
 def _fill_plots(maker: Furnisher) -> None:
-    plan, rng = maker.plan, maker.rng
+    plan = maker.plan
     kinds = ["houses"] * 9 + ["park"] * 4 + ["yard"] * 2 + ["lot"] * 2
     deck: list[str] = []
     spans = []
     for roads in (plan.roads_y, plan.roads_x):
         edges = [0.0]
         for road in roads:
-            reach = road.edge + road.sway + 0.5
+            reach = road.widest_edge + road.sway + 0.5
             edges += [road.offset - reach, road.offset + reach]
         edges.append(plan.size_m)
         spans.append([(edges[k], edges[k + 1]) for k in range(0, len(edges), 2)])
-    del rng
     for x0, x1 in spans[0]:
         for y0, y1 in spans[1]:
             maker.plot((x0, y0), (x1, y1), maker.deal(deck, kinds))
 
 
-def _line_road(maker: Furnisher, road, others) -> None:  # type: ignore[no-untyped-def]
+def _line_road(maker: Furnisher, road: Road, others: tuple[Road, ...]) -> None:
     ends = [0.0]
     cuts = [0.0]
     for other in others:
         x, y = crossing_of(road, other) if road.along_x else crossing_of(other, road)
         ends.append(x if road.along_x else y)
-        cuts.append(other.half)
+        cuts.append(other.widest_half)
     ends.append(maker.plan.size_m)
     cuts.append(0.0)
     for k in range(len(ends) - 1):
@@ -205,6 +217,8 @@ def _assemble(seed: int, maker: Furnisher, things: tuple[Thing, ...], ego_way: i
         ways=tuple(maker.ways),
         ego_way=ego_way,
         ego_pace=maker.ego_pace,
+        _start_poses=poses,
+        _routes=tuple(_Route.of(way, things) for way in sorted({t.way for t in things if t.way >= 0})),
         _fixed=fixed,
         _fixed_reach=np.linalg.norm(fixed.half, axis=1),
         _moving=moving,
