@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from picture3d.datasets.label_sets import label_set
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--towns", type=int, default=60)
     parser.add_argument("--per-town", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--start", type=Path, help="weights to go on from")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -132,8 +133,10 @@ def main() -> None:
     held_out = scans(HELD_OUT_SEED, 6, 3)
     print(f"{len(train)} scans to train on, {len(held_out)} held out, {time.time() - begin:.0f} s", flush=True)
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(0 if args.start is None else 1)
     network, heads = town_network(), Heads()
+    if args.start is not None:
+        network.load_state_dict({n: v.float() if v.is_floating_point() else v for n, v in load_file(args.start).items()})
     counts = torch.bincount(torch.cat([scan.label for scan in train]), minlength=32).double()
     weight = torch.where(counts > 0, (counts.clamp(min=1).sum() / counts.clamp(min=1)) ** 0.3, 0.0).float()
     weight = weight / (weight * counts.float()).sum() * counts.float().sum()

@@ -1,221 +1,346 @@
-"""Which input row meets which output row under which kernel offset: the whole of a sparse convolution but its arithmetic.
+"""Kernel maps: which input voxel meets which output voxel under which kernel offset, found by sorted search.
 
-Conventions are MinkowskiEngine's, so that checkpoints in its layout mean the same here: the first axis of the kernel is the
-fastest, ``k = ix + kx * (iy + ky * iz)``; odd sizes are centred (offset ``i - size // 2``), even sizes start at 0 (offset
-``i``); offsets count in steps of dilation times tensor stride; ``out[o] = sum_k in[i] @ kernel[k]``, ``c_i = c_o + offset_k``.
+A voxel set is a table of integer rows (batch, x, y, z), unique and sorted. A map is a value: inspect it, reuse it for
+every layer that works on the same sets, turn it round for the transposed layer.
+
+Conventions, those of MinkowskiEngine: the kernel index runs fastest along x, ``k = ix + kx * (iy + ky * iz)``; odd
+sizes are centred, even sizes start at zero; an offset counts in units of ``dilation * tensor_stride`` of the finer set;
+``c_in = c_out + offset``; strided sets are ``floor(c / stride) * stride``, towards minus infinity.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 Triple = tuple[int, int, int]
-_KEY_LIMIT = 2**62
+_KEY_LIMIT = 2**63 - 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class KernelMap:
-    """Pairs of rows, grouped by kernel offset in ascending order; within an offset each output row occurs at most once."""
+    """Pairs of voxels that meet in a convolution, grouped by kernel index, within a group in ascending order of both rows."""
 
-    in_rows: Tensor  # (P,) int64
-    out_rows: Tensor  # (P,) int64
-    starts: tuple[int, ...]  # K + 1 entries: the pairs of offset k are starts[k] .. starts[k + 1]
-    num_in: int
-    num_out: int
-    identity: int | None  # the offset under which row i meets row i, for every i; None where there is none
+    in_rows: Tensor  # (P,) int64: rows of the input; the identity's pairs are not listed
+    out_rows: Tensor  # (P,) int64: rows of the output
+    counts: tuple[int, ...]  # listed pairs of each of the K offsets; 0 for the identity
+    kernel_size: Triple  # K = the product
+    in_coords: Tensor  # (M_in, 4) integer
+    out_coords: Tensor  # (M_out, 4) integer
+    identity: int | None = None  # kernel index that joins every row with itself (the centre, on one and the same set)
+    out_once: bool = False  # every output row is in exactly one pair
+    in_once: bool = False  # every input row is in exactly one pair
 
     @property
-    def num_offsets(self) -> int:
+    def volume(self) -> int:
         """K, the number of kernel offsets."""
-        return len(self.starts) - 1
+        return len(self.counts)
+
+    @property
+    def num_in(self) -> int:
+        """Rows of the input."""
+        return self.in_coords.shape[0]
+
+    @property
+    def num_out(self) -> int:
+        """Rows of the output."""
+        return self.out_coords.shape[0]
 
     @property
     def num_pairs(self) -> int:
-        """P, the number of (input row, output row, offset) triples."""
-        return self.starts[-1]
+        """Products of a row with a kernel slice, the identity's included."""
+        return sum(self.counts) + (self.num_out if self.identity is not None else 0)
 
-    def pairs(self, offset: int) -> tuple[Tensor, Tensor]:
-        """Input rows and output rows that meet under one offset."""
-        rows = slice(self.starts[offset], self.starts[offset + 1])
-        return self.in_rows[rows], self.out_rows[rows]
+    def pairs(self, k: int) -> tuple[Tensor, Tensor]:
+        """Input rows and output rows that meet under kernel index `k`, the identity's written out."""
+        if k == self.identity:
+            rows = torch.arange(self.num_out, device=self.in_rows.device)
+            return rows, rows
+        start = sum(self.counts[:k])
+        return self.in_rows[start : start + self.counts[k]], self.out_rows[start : start + self.counts[k]]
 
-    @cached_property
     def transposed(self) -> KernelMap:
-        """The same pairs with input and output exchanged and the same offsets: the map of the transposed convolution."""
-        return KernelMap(self.out_rows, self.in_rows, self.starts, self.num_out, self.num_in, self.identity)
+        """The map of the transposed layer: the same pairs and kernel indices, input and output exchanged."""
+        return replace(
+            self,
+            in_rows=self.out_rows,
+            out_rows=self.in_rows,
+            in_coords=self.out_coords,
+            out_coords=self.in_coords,
+            out_once=self.in_once,
+            in_once=self.out_once,
+        )
+
+    def to(self, device: torch.device | str) -> KernelMap:
+        """The same map on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("in_rows", "out_rows", "in_coords", "out_coords")}
+        return replace(self, **moved)
 
 
-def kernel_offsets(kernel_size: Triple, dilation: Triple = (1, 1, 1)) -> list[Triple]:
-    """The K offsets in kernel order, in steps of the tensor stride."""
-    kx, ky, kz = kernel_size
-    low = [0 if size % 2 == 0 else -(size // 2) for size in kernel_size]
-    return [
-        ((ix + low[0]) * dilation[0], (iy + low[1]) * dilation[1], (iz + low[2]) * dilation[2])
-        for iz in range(kz)
-        for iy in range(ky)
-        for ix in range(kx)
-    ]
-
-
-def submanifold_map(
-    coords: Tensor, kernel_size: Triple = (3, 3, 3), *, tensor_stride: Triple = (1, 1, 1), dilation: Triple = (1, 1, 1)
-) -> KernelMap:
-    """Map of a stride-1 convolution: outputs are the inputs.
-
-    Args:
-        coords: (N, 4) integer batch, x, y, z; unique rows in any order, multiples of `tensor_stride`.
-        kernel_size: cells along x, y, z, odd or even.
-        tensor_stride: spacing of the coordinates.
-        dilation: spacing of the kernel, in tensor strides.
-
-    Raises:
-        ValueError: for wrong shapes or sizes, or coordinates too far apart for 62-bit keys.
-    """
-    _check(coords, kernel_size, dilation)
-    lattice = _Lattice(coords, coords, tensor_stride, kernel_size, dilation)
-    offsets = kernel_offsets(kernel_size, dilation)
-    count = len(coords)
-    every = torch.arange(count, device=coords.device)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    place = {offset: k for k, offset in enumerate(offsets)}
-    for k, offset in enumerate(offsets):
-        if k in found:
-            continue
-        if offset == (0, 0, 0):
-            found[k] = (every, every)
-            continue
-        found[k] = lattice.meet(offset)
-        # If i lies at offset d from o, then o lies at offset -d from i: half of the searches are enough.
-        mirrored = place.get((-offset[0], -offset[1], -offset[2]))
-        if mirrored is not None:
-            rows_in, rows_out = found[k]
-            order = rows_in.argsort()
-            found[mirrored] = (rows_out[order], rows_in[order])
-    return _collect([found[k] for k in range(len(offsets))], count, count, place.get((0, 0, 0)))
-
-
-def strided_map(
+def build_kernel_map(
     coords: Tensor,
-    kernel_size: Triple = (2, 2, 2),
-    stride: Triple = (2, 2, 2),
+    kernel_size: int | Triple,
     *,
-    tensor_stride: Triple = (1, 1, 1),
-    dilation: Triple = (1, 1, 1),
-) -> tuple[Tensor, KernelMap]:
-    """Output coordinates and map of a strided convolution.
+    stride: int | Triple = 1,
+    dilation: int | Triple = 1,
+    tensor_stride: int | Triple = 1,
+    out_coords: Tensor | None = None,
+) -> KernelMap:
+    """The map of a submanifold (`stride` 1) or strided convolution; its `transposed()` serves the layer that goes back.
 
     Args:
-        coords: (N, 4) integer batch, x, y, z; unique rows, multiples of `tensor_stride`.
-        kernel_size: cells along x, y, z.
-        stride: steps along x, y, z, in tensor strides.
-        tensor_stride: spacing of the input coordinates.
-        dilation: spacing of the kernel, in tensor strides.
+        coords: (M, 4) int32 or int64 rows (batch, x, y, z) of the input, unique and sorted; negative values are fine.
+        kernel_size: any size from 1 on, odd or even, one for all axes or one per axis.
+        stride: of the layer; 1 keeps the set of voxels.
+        dilation: spacing of the kernel's taps.
+        tensor_stride: spacing of `coords`; every coordinate is a multiple of it.
+        out_coords: (M', 4) output set, sorted like `coords`, where it exists already; by default `coords` itself for
+            stride 1 and the set of ``floor(c / s) * s`` otherwise, s being ``tensor_stride * stride``.
 
     Returns:
-        (M, 4) int32 output coordinates: unique ``floor(c / (tensor_stride * stride)) * (tensor_stride * stride)``, floored
-        towards minus infinity, sorted by (batch, x, y, z); and the map.
+        The map, on the device of `coords`.
+
+    Raises:
+        ValueError: naming the argument, for rows that are not unique and sorted, coordinates that are not multiples of the
+            tensor stride, sizes below 1, or voxels so far apart that a 64-bit key cannot number the cells between them.
     """
-    _check(coords, kernel_size, dilation)
-    if min(stride) < 1:
-        raise ValueError(f"stride must be at least 1 along each axis, got {stride}")
-    step = torch.tensor([t * s for t, s in zip(tensor_stride, stride, strict=True)], device=coords.device)
-    wide = coords.to(torch.int64)
-    coarse = torch.cat([wide[:, :1], torch.div(wide[:, 1:], step, rounding_mode="floor") * step], dim=1)
-    keys = _Packing(coarse, coarse, (0, 0, 0)).keys(coarse)
-    unique_keys, parent = torch.unique(keys, return_inverse=True)
-    count = len(unique_keys)
-    out = wide.new_zeros((count, 4))
-    out[parent] = coarse
-    if kernel_size == stride and dilation == (1, 1, 1) and all(size % 2 == 0 or size == 1 for size in kernel_size):
-        # Every input has exactly one parent, and its place below the parent is the kernel offset.
-        spacing = torch.tensor(tensor_stride, device=coords.device)
-        ix, iy, iz = torch.div(wide[:, 1:] - coarse[:, 1:], spacing, rounding_mode="floor").unbind(1)
-        offset = ix + kernel_size[0] * (iy + kernel_size[1] * iz)
-        order = torch.argsort(offset * count + parent)
-        sizes = torch.bincount(offset, minlength=kernel_size[0] * kernel_size[1] * kernel_size[2]).tolist()
-        starts = [0]
-        for size in sizes:
-            starts.append(starts[-1] + size)
-        kmap = KernelMap(order, parent[order], tuple(starts), len(coords), count, None)
+    size, step = _triple("kernel_size", kernel_size), _triple("stride", stride)
+    spread, unit = _triple("dilation", dilation), _triple("tensor_stride", tensor_stride)
+    _check_table("coords", coords)
+    if out_coords is None and step != (1, 1, 1) and size == step and spread == (1, 1, 1):
+        return _tiled(coords, size, unit)
+    same_set = out_coords is None and step == (1, 1, 1)
+    if out_coords is not None:
+        _check_table("out_coords", out_coords)
+        if out_coords.device != coords.device:
+            raise ValueError(f"out_coords are on {out_coords.device}, coords on {coords.device}: move one of them")
+        targets = out_coords
     else:
-        lattice = _Lattice(coords, out, tensor_stride, kernel_size, dilation)
-        pairs = [lattice.meet(offset) for offset in kernel_offsets(kernel_size, dilation)]
-        kmap = _collect(pairs, len(coords), count, None)
-    return out.to(torch.int32), kmap
+        targets = coords if same_set else stride_coords(coords, step, tensor_stride=unit)
+    low = [-(s // 2) * d if s % 2 else 0 for s, d in zip(size, spread, strict=True)]
+    high = [(s // 2) * d if s % 2 else (s - 1) * d for s, d in zip(size, spread, strict=True)]
+    inside, outside = _units("coords", coords, unit), _units("out_coords", targets, unit)
+    numbers = _Numbering.around([(inside, (0, 0, 0), (0, 0, 0)), (outside, low, high)])
+    keys = numbers.keys(inside)
+    _check_sorted("coords", keys)
+    if same_set:
+        out_keys = keys
+    else:
+        out_keys = numbers.keys(outside)
+        _check_sorted("out_coords", out_keys)
+    symmetric = same_set and all(s % 2 for s in size)
+    ins, outs = _search(keys, out_keys, size, spread, low, numbers, symmetric=symmetric)
+    return KernelMap(
+        in_rows=torch.cat(ins),
+        out_rows=torch.cat(outs),
+        counts=tuple(len(rows) for rows in ins),
+        kernel_size=size,
+        in_coords=coords,
+        out_coords=targets,
+        identity=math.prod(size) // 2 if symmetric else None,
+    )
 
 
-class _Packing:
-    """Coordinates as int64 keys, with room for neighbours on every side so that no key wraps into the next row."""
+def stride_coords(coords: Tensor, stride: int | Triple, *, tensor_stride: int | Triple = 1) -> Tensor:
+    """The coarser set: unique, sorted ``floor(c / s) * s`` with ``s = tensor_stride * stride``, in the dtype of `coords`.
 
-    def __init__(self, a: Tensor, b: Tensor, reach: Triple) -> None:
-        both = [t[:, 1:] for t in (a, b) if len(t)]
-        pad = torch.tensor(reach, dtype=torch.int64)
-        if both:
-            low = torch.stack([t.amin(0) for t in both]).amin(0).cpu()
-            high = torch.stack([t.amax(0) for t in both]).amax(0).cpu()
-            samples = max(int(t[:, 0].max()) for t in (a, b) if len(t)) + 1
-        else:
-            low, high, samples = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 1
-        self.low = (low - pad).tolist()
-        self.extent = (high - low + 2 * pad + 1).tolist()
-        cells = samples * self.extent[0] * self.extent[1] * self.extent[2]
-        if cells >= _KEY_LIMIT:
-            raise ValueError(f"coords span {self.extent} cells in {samples} samples: more than a 62-bit key can tell apart")
+    Args:
+        coords: (M, 4) integer rows (batch, x, y, z), in any order.
+        stride: of the layer.
+        tensor_stride: spacing of `coords`.
 
-    def keys(self, coords: Tensor) -> Tensor:
-        b, x, y, z = coords.unbind(1)
-        ex, ey, ez = self.extent
-        return ((b * ex + (x - self.low[0])) * ey + (y - self.low[1])) * ez + (z - self.low[2])
+    Returns:
+        (M', 4) rows, unique and sorted.
 
-    def shift(self, offset: Triple) -> int:
-        return (offset[0] * self.extent[1] + offset[1]) * self.extent[2] + offset[2]
+    Raises:
+        ValueError: as :func:`build_kernel_map`.
+    """
+    step, unit = _triple("stride", stride), _triple("tensor_stride", tensor_stride)
+    _check_table("coords", coords)
+    parents, _ = _unique_units(_units("coords", coords, _times(unit, step), exact=False))
+    return _scaled(parents, _times(unit, step)).to(coords.dtype)
 
 
-class _Lattice:
-    """Input and output coordinates in units of the input's tensor stride, as sorted keys that can be searched."""
+def unique_coords(coords: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes a voxel set of rows that may repeat: sorted, and of equal rows the first one stands for all.
 
-    def __init__(
-        self, coords_in: Tensor, coords_out: Tensor, tensor_stride: Triple, kernel_size: Triple, dilation: Triple
-    ) -> None:
-        spacing = torch.tensor([1, *tensor_stride], device=coords_in.device)
-        a = torch.div(coords_in.to(torch.int64), spacing, rounding_mode="floor")
-        b = a if coords_out is coords_in else torch.div(coords_out.to(torch.int64), spacing, rounding_mode="floor")
-        reach = (kernel_size[0] * dilation[0], kernel_size[1] * dilation[1], kernel_size[2] * dilation[2])
-        self.packing = _Packing(a, b, reach)
-        self.sorted_in, self.order_in = torch.sort(self.packing.keys(a))
-        if b is a:
-            self.targets, self.order_out = self.sorted_in, self.order_in
-        else:
-            self.targets, self.order_out = torch.sort(self.packing.keys(b))
-        # A last entry that nothing equals, so that a search past the end needs no special case.
-        self.padded = torch.cat([self.sorted_in, self.sorted_in.new_full((1,), torch.iinfo(torch.int64).max)])
+    Args:
+        coords: (N, 4) integer rows (batch, x, y, z).
 
-    def meet(self, offset: Triple) -> tuple[Tensor, Tensor]:
-        """Rows (in, out) of all pairs with ``c_in = c_out + offset``; in ascending order of the output's key."""
-        target = self.targets + self.packing.shift(offset)
-        # Queries are sorted, so the search walks forward through cache.
-        position = torch.searchsorted(self.sorted_in, target)
-        hit = (self.padded[position] == target).nonzero().squeeze(1)
-        return self.order_in[position[hit]], self.order_out[hit]
+    Returns:
+        The set (M, 4) in the dtype of `coords`; first (M,) int64, the first row of each voxel; inverse (N,) int64, the
+        voxel of each row.
+
+    Raises:
+        ValueError: as :func:`build_kernel_map`.
+    """
+    _check_table("coords", coords)
+    values, inverse = _unique_units(coords.long())
+    first = torch.full((len(values),), len(coords), dtype=torch.int64, device=coords.device)
+    first.scatter_reduce_(0, inverse, torch.arange(len(coords), device=coords.device), "amin")
+    return values.to(coords.dtype), first, inverse
 
 
-def _collect(pairs: list[tuple[Tensor, Tensor]], num_in: int, num_out: int, identity: int | None) -> KernelMap:
-    starts = [0]
-    for rows, _ in pairs:
-        starts.append(starts[-1] + len(rows))
-    in_rows = torch.cat([rows for rows, _ in pairs])
-    out_rows = torch.cat([rows for _, rows in pairs])
-    return KernelMap(in_rows, out_rows, tuple(starts), num_in, num_out, identity)
+def kernel_offsets(kernel_size: int | Triple, dilation: int | Triple = 1) -> tuple[Triple, ...]:
+    """The K offsets (x, y, z) in the order of the kernel index, in units of the finer set's tensor stride."""
+    size, spread = _triple("kernel_size", kernel_size), _triple("dilation", dilation)
+    first = [-(s // 2) if s % 2 else 0 for s in size]
+    return tuple(
+        ((first[0] + ix) * spread[0], (first[1] + iy) * spread[1], (first[2] + iz) * spread[2])
+        for iz in range(size[2])
+        for iy in range(size[1])
+        for ix in range(size[0])
+    )
 
 
-def _check(coords: Tensor, kernel_size: Triple, dilation: Triple) -> None:
-    if coords.ndim != 2 or coords.shape[1] != 4:
-        raise ValueError(f"coords must be (N, 4) batch, x, y, z, got {tuple(coords.shape)}")
-    if coords.is_floating_point():
-        raise ValueError(f"coords must be integers, got {coords.dtype}")
-    if min(kernel_size) < 1 or min(dilation) < 1:
-        raise ValueError(f"kernel_size and dilation must be at least 1 along each axis, got {kernel_size} and {dilation}")
+@dataclass(frozen=True, slots=True)
+class _Numbering:
+    """Numbers the cells of a box of (batch, x, y, z) in order, so that sums of keys are sums of coordinates."""
+
+    low: tuple[int, int, int, int]
+    cells: tuple[int, int, int, int]
+
+    @staticmethod
+    def around(tables: list[tuple[Tensor, list[int] | Triple, list[int] | Triple]]) -> _Numbering:
+        """A box around every table, each grown by the offsets that its voxels will be moved by."""
+        lows, highs = [], []
+        for table, below, above in tables:
+            if len(table):
+                low, high = torch.stack(torch.aminmax(table, dim=0)).tolist()
+                lows.append([a + b for a, b in zip(low, (0, *below), strict=True)])
+                highs.append([a + b for a, b in zip(high, (0, *above), strict=True)])
+        if not lows:
+            return _Numbering((0, 0, 0, 0), (1, 1, 1, 1))
+        b, x, y, z = (min(column) for column in zip(*lows, strict=True))
+        nb, nx, ny, nz = (max(column) - low + 1 for column, low in zip(zip(*highs, strict=True), (b, x, y, z), strict=True))
+        if nb * nx * ny * nz > _KEY_LIMIT:
+            raise ValueError(
+                f"coords span {nb} x {nx} x {ny} x {nz} cells (batch, x, y, z): more than a 64-bit key can number. "
+                "Crop the points to a range first."
+            )
+        return _Numbering((b, x, y, z), (nb, nx, ny, nz))
+
+    def keys(self, table: Tensor) -> Tensor:
+        """(M,) int64."""
+        (b0, x0, y0, z0), (_, nx, ny, nz) = self.low, self.cells
+        b, x, y, z = table.unbind(1)
+        return (((b - b0) * nx + (x - x0)) * ny + (y - y0)) * nz + (z - z0)
+
+    def table(self, keys: Tensor) -> Tensor:
+        """(M, 4) int64, back from keys."""
+        (b0, x0, y0, z0), (_, nx, ny, nz) = self.low, self.cells
+        rest, z = keys // nz, keys % nz
+        rest, y = rest // ny, rest % ny
+        return torch.stack([rest // nx + b0, rest % nx + x0, y + y0, z + z0], 1)
+
+    def offset(self, x: int, y: int, z: int) -> int:
+        """What a step adds to a key."""
+        return (x * self.cells[2] + y) * self.cells[3] + z
+
+
+def _search(
+    keys: Tensor, out_keys: Tensor, size: Triple, spread: Triple, low: list[int], numbers: _Numbering, *, symmetric: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows of both sides per kernel index. One binary search finds a whole z column of the kernel: its taps are neighbours
+    in the sorted keys. On one set, with a centred kernel, half of the columns are the other half turned round.
+    """
+    kx, ky, kz = size
+    volume = kx * ky * kz
+    nothing = keys.new_empty(0)
+    ins, outs = [nothing] * volume, [nothing] * volume
+    padded = torch.cat([keys, keys.new_full((1,), torch.iinfo(torch.int64).max)])
+    middle = (kx // 2, ky // 2, kz // 2)
+    for ix in range(kx):
+        for iy in range(ky):
+            first = 0
+            if symmetric:
+                if (ix, iy) < middle[:2]:
+                    continue
+                if (ix, iy) == middle[:2]:
+                    first = middle[2] + 1  # above the voxel itself; the centre is the identity and is not listed
+            if first == kz:
+                continue
+            step = numbers.offset(low[0] + ix * spread[0], low[1] + iy * spread[1], low[2] + first * spread[2])
+            target = out_keys + step
+            position = torch.searchsorted(keys, target)
+            for iz in range(first, kz):
+                found = padded[position] == target
+                rows = found.nonzero().squeeze(1)
+                k = ix + kx * (iy + ky * iz)
+                ins[k], outs[k] = position[rows], rows
+                if symmetric:
+                    ins[volume - 1 - k], outs[volume - 1 - k] = rows, ins[k]
+                if iz + 1 < kz:
+                    target = target + spread[2]
+                    position = position + found if spread[2] == 1 else torch.searchsorted(keys, target)
+    return ins, outs
+
+
+def _tiled(coords: Tensor, size: Triple, unit: Triple) -> KernelMap:
+    """Kernel and stride of one size: every input lies in the tile of exactly one output, at a known tap."""
+    inside = _units("coords", coords, unit)
+    _check_sorted("coords", _Numbering.around([(inside, (0, 0, 0), (0, 0, 0))]).keys(inside))
+    step = torch.tensor((1, *size), device=coords.device)
+    parents = torch.div(inside, step, rounding_mode="floor")
+    tap = inside - parents * step
+    index = tap[:, 1] + size[0] * (tap[:, 2] + size[1] * tap[:, 3])
+    outputs, parent_row = _unique_units(parents)
+    order = torch.argsort(index, stable=True)
+    return KernelMap(
+        in_rows=order,
+        out_rows=parent_row[order],
+        counts=tuple(torch.bincount(index, minlength=math.prod(size)).tolist()),
+        kernel_size=size,
+        in_coords=coords,
+        out_coords=_scaled(outputs, _times(unit, size)).to(coords.dtype),
+        in_once=True,
+    )
+
+
+def _unique_units(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Unique sorted rows (M', 4) int64 and the row of each input row."""
+    numbers = _Numbering.around([(table, (0, 0, 0), (0, 0, 0))])
+    keys, inverse = torch.unique(numbers.keys(table), return_inverse=True)
+    return numbers.table(keys), inverse
+
+
+def _units(argument: str, coords: Tensor, unit: Triple, *, exact: bool = True) -> Tensor:
+    """(M, 4) int64 coordinates counted in units of the tensor stride."""
+    table = coords.long()
+    if unit == (1, 1, 1):
+        return table
+    divisor = torch.tensor((1, *unit), device=coords.device)
+    counted = torch.div(table, divisor, rounding_mode="floor")
+    if exact and not torch.equal(counted * divisor, table):
+        raise ValueError(f"{argument} are not all multiples of the tensor stride {unit}")
+    return counted
+
+
+def _scaled(table: Tensor, unit: Triple) -> Tensor:
+    return table * torch.tensor((1, *unit), device=table.device)
+
+
+def _times(a: Triple, b: Triple) -> Triple:
+    return a[0] * b[0], a[1] * b[1], a[2] * b[2]
+
+
+def _triple(argument: str, value: int | Triple) -> Triple:
+    x, y, z = (value, value, value) if isinstance(value, int) else (int(v) for v in value)
+    if min(x, y, z) < 1:
+        raise ValueError(f"{argument} must be at least 1 along every axis, got {value}")
+    return x, y, z
+
+
+def _check_table(argument: str, coords: Tensor) -> None:
+    if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{argument} must be (M, 4) int32 or int64 rows (batch, x, y, z), got {tuple(coords.shape)} {coords.dtype}"
+        )
+
+
+def _check_sorted(argument: str, keys: Tensor) -> None:
+    if not bool((keys[1:] > keys[:-1]).all()):
+        raise ValueError(f"{argument} must be unique and sorted by (batch, x, y, z): unique_coords makes them so")

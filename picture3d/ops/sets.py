@@ -178,7 +178,8 @@ def _best_blocks(sets_of_length: list[int], max_blocks: int, candidates: int = 1
         if merged:
             groups.append((sum(sets for _, sets in merged), merged[-1][0], sum(length * sets for length, sets in merged)))
     # fewest[j]: least slots for the j shortest groups, and the cuts that reach it, with the blocks used so far.
-    fewest: list[tuple[int, tuple[int, ...]] | None] = [(0, (0,))] + [None] * len(groups)
+    fewest: list[tuple[int, tuple[int, ...]] | None] = [None] * (len(groups) + 1)
+    fewest[0] = (0, (0,))
     for _ in range(max_blocks):
         previous = list(fewest)
         for j in range(1, len(groups) + 1):

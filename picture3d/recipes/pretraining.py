@@ -7,6 +7,7 @@ from pathlib import Path
 from picture3d.datasets.samples import DataConfig
 from picture3d.models.dsvt_config import nuscenes_pillar_256, nuscenes_voxel_256, waymo_voxel_192
 from picture3d.pretrain.losses import LossConfig
+from picture3d.pretrain.masking import MaskConfig
 from picture3d.recipes.configs import GridConfig, PretrainConfig
 from picture3d.recipes.town import TOWN_GRID, town_encoder
 from picture3d.training.loop import TrainingConfig
@@ -29,6 +30,9 @@ def town_picture(data: Path) -> PretrainConfig:
         ),
         grid=TOWN_GRID,
         encoder=town_encoder(),
+        mask=MaskConfig(target_ratio=0.6),
+        # Voxels of half a metre make the Chamfer loss, in square metres, some ten times what it is at published sizes.
+        loss=LossConfig(features_weight=20.0),
         training=TrainingConfig(
             epochs=None,
             max_steps=150,
@@ -42,7 +46,7 @@ def town_picture(data: Path) -> PretrainConfig:
 def town_coordinates(data: Path) -> PretrainConfig:
     """The same masks and budget as `town_picture`, but only the hidden points are rebuilt: the paper's baseline."""
     base = town_picture(data)
-    return base.model_copy(update={"recipe": "town-coordinates", "loss": LossConfig(features_weight=0.0)})
+    return base.model_copy(update={"recipe": "town-coordinates", "loss": base.loss.model_copy(update={"features_weight": 0.0})})
 
 
 def waymo_picture(data: Path) -> PretrainConfig:

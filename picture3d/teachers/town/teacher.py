@@ -35,7 +35,7 @@ def load_town_teacher(device: torch.device | str = "cpu") -> MinkUNetTeacher:
         licence="Apache-2.0",
         fingerprint=fingerprint(stored),
         quantisation=QUANTISATION,
-        network=network.to(device).eval(),
+        network=network.to(device).folded(),
         intensity_scale="unit",
     )
 
