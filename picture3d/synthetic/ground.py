@@ -137,4 +137,4 @@ class Ground:
             open_rays, previous = open_rays[~landed], t[~landed]
             if not len(open_rays):
                 break
-        return result, code
+        return result.astype(np.float32, copy=False), code
