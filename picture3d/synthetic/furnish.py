@@ -1,17 +1,17 @@
-"""Fills a plan with things: what stands at the kerb, on the pavement, in the plots, and what moves."""
+"""Fills a plan with things: what stands at the kerb, on the pavement, in the plots between the roads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from picture3d.synthetic import scenery, shapes
+from picture3d.synthetic import scenery
 from picture3d.synthetic.categories import INDEX_OF
 from picture3d.synthetic.ground import OTHER_FLAT, PARKING, SIDEWALK, TERRAIN, Ground
 from picture3d.synthetic.primitives import Parts
-from picture3d.synthetic.streets import BLOCKS, CELL_M, Plan, Road, Way
+from picture3d.synthetic.streets import CELL_M, Plan, Road
+from picture3d.synthetic.things import STANDING, Thing, length_of, pedestrian
 
 Rng = np.random.Generator
 # One shuffled deck after the other is dealt along the kerbs, so that the rare kinds come up everywhere.
@@ -27,36 +27,6 @@ _YARD_DECK = (
     ["car"] * 8 + ["gap"] * 4 + ["truck"] * 2 + ["trailer"] * 2 + ["bus"] + ["construction"] * 4 + ["motorcycle"] * 3
     + ["bicycle"] * 2 + ["barrier"] * 2 + ["cone"] * 2
 )  # fmt: skip
-_BUILDERS: dict[str, tuple[str, Callable[[Rng], Parts], str]] = {
-    "car": ("vehicle.car", shapes.car, "vehicle.parked"),
-    "truck": ("vehicle.truck", shapes.truck, "vehicle.parked"),
-    "trailer": ("vehicle.trailer", shapes.trailer, "vehicle.parked"),
-    "bus": ("vehicle.bus.rigid", shapes.rigid_bus, "vehicle.stopped"),
-    "bendy": ("vehicle.bus.bendy", shapes.bendy_bus, "vehicle.stopped"),
-    "construction": ("vehicle.construction", shapes.construction_vehicle, "vehicle.stopped"),
-    "motorcycle": ("vehicle.motorcycle", shapes.motorcycle, "cycle.without_rider"),
-    "bicycle": ("vehicle.bicycle", shapes.bicycle, "cycle.without_rider"),
-    "barrier": ("movable_object.barrier", shapes.barrier, ""),
-    "cone": ("movable_object.trafficcone", shapes.traffic_cone, ""),
-    "bin": ("movable_object.pushable_pullable", shapes.trash_bin, ""),
-    "debris": ("movable_object.debris", shapes.debris, ""),
-    "rack": ("static_object.bicycle_rack", shapes.bicycle_rack, ""),
-}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Thing:
-    """One annotated object: where it stands, or the way that it moves along."""
-
-    category: str
-    parts: Parts
-    attribute: str  # nuScenes attribute name, empty: none
-    pose: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # x, y, z, yaw while it stands
-    way: int = -1  # index of its way, -1: stands
-    start: float = 0.0  # metres along the way at time 0
-    side: float = 0.0  # metres to the left of the way
-    sense: int = 1  # -1: against the way
-    speed: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 0.0)  # mean m/s, swing m/s, angular rate rad/s, phase
 
 
 @dataclass(slots=True)
@@ -71,7 +41,6 @@ class Furnisher:
     scenery: list[Parts] = field(default_factory=list)
     scenery_pose: list[tuple[float, float, float, float]] = field(default_factory=list)
     scenery_label: list[int] = field(default_factory=list)
-    ways: list[Way] = field(default_factory=list)
     taken: np.ndarray = field(init=False)  # (rows, columns) bool, cells of 1 m that something fixed stands on
     kerb_deck: list[str] = field(default_factory=list)
     pavement_deck: list[str] = field(default_factory=list)
@@ -90,15 +59,14 @@ class Furnisher:
         return (x, y, float(self.ground().surface(np.array(x), np.array(y))), yaw)
 
     def stand(self, name: str, x: float, y: float, yaw: float) -> None:
-        """A parked or standing object of `_BUILDERS`."""
-        category, build, attribute = _BUILDERS[name]
+        """A parked or standing object of `STANDING`."""
+        category, build, attribute = STANDING[name]
         self.things.append(Thing(category, build(self.rng), attribute, self._on_ground(x, y, yaw)))
 
     def person(self, x: float, y: float, *, worker: bool = False) -> None:
         """A standing pedestrian."""
-        self.things.append(
-            _pedestrian(self.rng, worker, "pedestrian.standing", pose=self._on_ground(x, y, self.rng.uniform(0, 6.28)))
-        )
+        pose = self._on_ground(x, y, self.rng.uniform(0, 6.28))
+        self.things.append(replace(pedestrian(self.rng, "pedestrian.standing", worker=worker), pose=pose))
 
     def fixed(self, parts: Parts, label: str, x: float, y: float, yaw: float) -> None:
         """Scenery."""
@@ -152,9 +120,9 @@ class Furnisher:
                     self.stand("cone", x, y, yaw)
                     at += rng.uniform(1.5, 3.0)
             else:
-                category, build, attribute = _BUILDERS["bendy" if card == "bus" and rng.random() < 0.2 else card]
+                category, build, attribute = STANDING["bendy" if card == "bus" and rng.random() < 0.2 else card]
                 parts = build(rng)
-                reach = _length(parts)
+                reach = length_of(parts)
                 at += reach / 2
                 if at + reach / 2 > high:
                     break
@@ -372,96 +340,3 @@ class Furnisher:
     def _take(self, x: float, y: float, yaw: float, half_x: float, half_y: float) -> None:
         px, py = (np.clip(p, 0, self.plan.size_m - 1).astype(int) for p in self._footprint(x, y, yaw, half_x, half_y))
         self.taken[py, px] = True
-
-    # -- traffic ----------------------------------------------------------------------------------------------------------
-
-    def traffic(self, ego_block: tuple[int, int]) -> int:
-        """Things that move around every inner block; the number of the way that the ego car takes."""
-        ego_way = -1
-        for block in ((i, j) for i in range(BLOCKS) for j in range(BLOCKS)):
-            lane, cycle, walk = (len(self.ways) + k for k in range(3))
-            self.ways += [self.plan.way(block, name) for name in ("lane", "cycle", "pavement")]
-            # Everything in one lane keeps the same speed, so nothing runs into anything.
-            mean = self.rng.uniform(5.0, 9.0)
-            pace = (mean, mean * self.rng.uniform(0.2, 0.7), self.rng.uniform(0.2, 0.45), self.rng.uniform(0, 6.28))
-            if block == ego_block:
-                ego_way = lane
-                self.ego_pace = pace
-            self._drivers(lane, pace, keep_free=block == ego_block)
-            self._cyclists(cycle)
-            self._walkers(walk)
-        return ego_way
-
-    ego_pace: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 0.0)
-
-    def _drivers(self, way: int, pace: tuple[float, float, float, float], *, keep_free: bool) -> None:
-        rng, total = self.rng, float(self.ways[way].length[-1])
-        at = 14.0 if keep_free else rng.uniform(0, 20)
-        end = total - (14.0 if keep_free else 8.0)
-        while True:
-            name = str(
-                rng.choice(
-                    ["car", "truck", "bus", "motorcycle", "road train", "construction"], p=[0.66, 0.07, 0.04, 0.13, 0.06, 0.04]
-                )
-            )
-            if name == "road train":
-                front, back = shapes.truck(rng), shapes.trailer(rng)
-                pieces = [("vehicle.trailer", back), ("vehicle.truck", front)]
-            elif name == "motorcycle":
-                pieces = [("vehicle.motorcycle", shapes.motorcycle(rng, ridden=True))]
-            else:
-                pieces = [(_BUILDERS[name][0], _BUILDERS[name][1](rng))]
-            need = sum(_length(parts) + 0.8 for _, parts in pieces)
-            if at + need > end:
-                return
-            for category, parts in pieces:
-                at += _length(parts) / 2
-                attribute = "cycle.with_rider" if name == "motorcycle" else "vehicle.moving"
-                self.things.append(Thing(category, parts, attribute, way=way, start=at, speed=pace))
-                at += _length(parts) / 2 + 0.8
-            at += float(rng.exponential(14.0) + 6.0)
-
-    def _cyclists(self, way: int) -> None:
-        rng, total = self.rng, float(self.ways[way].length[-1])
-        pace = (rng.uniform(3.5, 5.5), 0.0, 1.0, 0.0)
-        at = rng.uniform(0, 15)
-        while at < total - 5:
-            if rng.random() < 0.75:
-                parts, category = shapes.bicycle(rng, ridden=True), "vehicle.bicycle"
-            else:
-                parts, category = shapes.motorcycle(rng, ridden=True), "vehicle.motorcycle"
-            self.things.append(
-                Thing(category, parts, "cycle.with_rider", way=way, start=at, side=rng.uniform(-0.1, 0.1), speed=pace)
-            )
-            at += float(rng.exponential(18.0) + 8.0)
-
-    def _walkers(self, way: int) -> None:
-        rng, total = self.rng, float(self.ways[way].length[-1])
-        for sense, side in ((1, 0.65), (-1, -0.65)):
-            speed = (rng.uniform(1.0, 1.6), 0.0, 1.0, 0.0)
-            at = rng.uniform(0, 20)
-            while at < total - 4:
-                for abreast in range(int(rng.choice([1, 1, 2]))):
-                    walker = _pedestrian(
-                        rng,
-                        False,
-                        "pedestrian.moving",
-                        way=way,
-                        start=sense * (at + 0.5 * abreast),
-                        side=side - 0.35 + 0.7 * abreast,
-                        sense=sense,
-                        speed=speed,
-                    )
-                    self.things.append(walker)
-                at += float(rng.exponential(9.0) + 2.5)
-
-
-def _pedestrian(rng: Rng, worker: bool, attribute: str, **placing: object) -> Thing:
-    child = not worker and rng.random() < 0.15
-    category = "human.pedestrian." + ("construction_worker" if worker else "child" if child else "adult")
-    return Thing(category, shapes.pedestrian(rng, child=child, worker=worker), attribute, **placing)  # type: ignore[arg-type]
-
-
-def _length(parts: Parts) -> float:
-    low, high = shapes.extent(parts)
-    return float(high[0] - low[0])

@@ -7,7 +7,6 @@ are then tested at once, and the nearest hit of each ray is kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,7 +160,7 @@ def _candidates(fan: RayFan, window: NDArray[np.int64]) -> tuple[Int32Array, NDA
 
 def _interval(
     kind: int, fan: RayFan, ray: Int32Array, to_unit: Float32Array, origin: Float32Array, counts: NDArray[np.int64]
-) -> tuple[Any, Any]:
+) -> tuple[Float32Array, Float32Array]:
     """Ranges (N,) at which each ray enters and leaves its unit shape; enter >= leave where it misses."""
     dx, dy, dz = (column[ray] for column in np.ascontiguousarray(fan.directions.T))
 
@@ -172,7 +171,7 @@ def _interval(
     def slab(d: Float32Array, o: Float32Array) -> tuple[Float32Array, Float32Array]:
         inverse = 1 / np.where(np.abs(d) < 1e-12, np.float32(1e-12), d)
         middle, reach = -o * inverse, np.abs(inverse)
-        return middle - reach, middle + reach
+        return np.subtract(middle, reach, dtype=np.float32), np.add(middle, reach, dtype=np.float32)
 
     if kind == BOX:
         enter, leave = slab(*component(0))
@@ -181,14 +180,13 @@ def _interval(
             np.maximum(enter, a, out=enter)
             np.minimum(leave, b, out=leave)
         return enter, leave
-    directions, origins = zip(*(component(axis) for axis in range(2 if kind == CYLINDER else 3)), strict=True)
-    squared = sum(d * d for d in directions)
-    squared = np.maximum(squared, np.float32(1e-20))
-    along = -sum(o * d for o, d in zip(origins, directions, strict=True)) / squared
+    round_axes = [component(axis) for axis in range(2 if kind == CYLINDER else 3)]
+    squared = np.maximum(sum(d * d for d, _ in round_axes), np.float32(1e-20))
+    along = -sum(o * d for d, o in round_axes) / squared
     # The distance of the nearest point of the line from the axis: no difference of large squares.
-    inside = 1 - sum((o + along * d) ** 2 for o, d in zip(origins, directions, strict=True))
+    inside = 1 - sum((o + along * d) ** 2 for d, o in round_axes)
     reach = np.where(inside > 0, np.sqrt(np.maximum(inside, 0) / squared), -np.float32(1))
-    enter, leave = along - reach, along + reach
+    enter, leave = np.subtract(along, reach, dtype=np.float32), np.add(along, reach, dtype=np.float32)
     if kind == CYLINDER:
         a, b = slab(*component(2))
         np.maximum(enter, a, out=enter)

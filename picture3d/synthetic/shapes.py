@@ -336,13 +336,3 @@ def traffic_cone(rng: Rng) -> Parts:
 def trash_bin(rng: Rng) -> Parts:
     """A wheeled bin."""
     return centred([part(BOX, (0, 0, 0.55), (0.3, 0.28, rng.uniform(0.45, 0.6)), reflectivity=22.0)])
-
-
-def debris(rng: Rng) -> Parts:
-    """A heap on the ground."""
-    return centred([part(ELLIPSOID, (0, 0, 0.05), (rng.uniform(0.3, 0.8), rng.uniform(0.3, 0.6), 0.25), reflectivity=25.0)])
-
-
-def bicycle_rack(rng: Rng) -> Parts:
-    """Five hoops in a row."""
-    return centred([part(BOX, (0, 0.7 * i, 0.4), (0.35, 0.03, 0.4), reflectivity=40.0, free_path=0.4) for i in range(5)])

@@ -16,10 +16,12 @@ from picture3d.structures.boxes import Boxes
 from picture3d.structures.poses import Pose
 from picture3d.synthetic import scenery as looks
 from picture3d.synthetic.categories import INDEX_OF
-from picture3d.synthetic.furnish import Furnisher, Thing
+from picture3d.synthetic.furnish import Furnisher
 from picture3d.synthetic.ground import Ground
 from picture3d.synthetic.primitives import Primitives, extent, place, rotation_yaw_pitch
 from picture3d.synthetic.streets import BLOCKS, CELL_M, Road, Way, crossing_of, paint, plan_town
+from picture3d.synthetic.things import Thing
+from picture3d.synthetic.traffic import Traffic, set_off
 
 # Boxes stand off the surface by this, so that range noise (sigma 0.02 m) seldom carries a point out.
 BOX_MARGIN_M = 0.06
@@ -150,9 +152,9 @@ def build_town(seed: int, config: TownConfig = TownConfig()) -> Town:  # noqa: B
         for ry in plan.roads_y:
             _corner_lights(maker, crossing_of(rx, ry), ry.widest_half, rx.widest_half)
     block = (int(rng.integers(BLOCKS)), int(rng.integers(BLOCKS)))
-    ego_way = maker.traffic(block)
-    things = tuple(t for t in maker.things if config.traffic or t.way < 0)
-    return _assemble(seed, maker, things, ego_way)
+    traffic = set_off(plan, block, rng)
+    things = (*maker.things, *(traffic.things if config.traffic else ()))
+    return _assemble(seed, maker, things, traffic)
 
 
 def _fill_plots(maker: Furnisher) -> None:
@@ -192,7 +194,7 @@ def _corner_lights(maker: Furnisher, middle: tuple[float, float], half_x: float,
         maker.fixed(looks.traffic_light(maker.rng), "static.manmade", x, y, k * np.pi / 2 + np.pi / 2)
 
 
-def _assemble(seed: int, maker: Furnisher, things: tuple[Thing, ...], ego_way: int) -> Town:
+def _assemble(seed: int, maker: Furnisher, things: tuple[Thing, ...], traffic: Traffic) -> Town:
     number = np.arange(len(things))
     category = np.array([INDEX_OF[t.category] for t in things], np.uint8)
     moves = np.array([t.way >= 0 for t in things], bool)
@@ -214,9 +216,9 @@ def _assemble(seed: int, maker: Furnisher, things: tuple[Thing, ...], ego_way: i
         size_m=maker.plan.size_m,
         ground=Ground(maker.waves, maker.cover, CELL_M),
         things=things,
-        ways=tuple(maker.ways),
-        ego_way=ego_way,
-        ego_pace=maker.ego_pace,
+        ways=traffic.ways,
+        ego_way=traffic.ego_way,
+        ego_pace=traffic.ego_pace,
         _start_poses=poses,
         _routes=tuple(_Route.of(way, things) for way in sorted({t.way for t in things if t.way >= 0})),
         _fixed=fixed,
