@@ -124,16 +124,22 @@ class Ground:
         alike = code == self.code(ox + first * d[:, 0], oy + first * d[:, 1])
         open_rays = np.flatnonzero(~alike | (base - first > _SHORT_STRETCH_M))
         previous = first[open_rays]
+
+        def landed_at(t: NDArray[np.float32], rows: NDArray[np.intp]) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
+            """Whether the rays are at or below the cover at ranges t, and what it is."""
+            here = self.code(ox + t * d[rows, 0], oy + t * d[rows, 1])
+            return COVER_STEP[here] >= (t - base[rows]) * fall[rows] - 1e-6, here
+
         for share in np.linspace(0, 1, 7, dtype=np.float32):
             t = first[open_rays] + share * (base[open_rays] - first[open_rays])
-            height = (t - base[open_rays]) * fall[open_rays]
-            here = self.code(ox + t * d[open_rays, 0], oy + t * d[open_rays, 1])
-            landed = COVER_STEP[here] >= height - 1e-6
-            rows = open_rays[landed]
-            # On a level cover the hit lies where the ray comes down to it, but not before the kerb seen last.
-            level = base[rows] + COVER_STEP[here[landed]] / fall[rows]
-            result[rows] = np.clip(level, previous[landed] if share > 0 else t[landed], t[landed])
-            code[rows] = here[landed]
+            landed, _ = landed_at(t, open_rays)
+            rows, low, high = open_rays[landed], previous[landed], t[landed]
+            for _ in range(4):  # the kerb, or the point on a level cover, lies between the last two stations
+                middle = (low + high) / 2
+                under, _ = landed_at(middle, rows)
+                low, high = np.where(under, low, middle), np.where(under, middle, high)
+            _, code[rows] = landed_at(high, rows)
+            result[rows] = np.clip(base[rows] + COVER_STEP[code[rows]] / fall[rows], low, high)
             open_rays, previous = open_rays[~landed], t[~landed]
             if not len(open_rays):
                 break

@@ -22,7 +22,8 @@ import multiprocessing
 import queue
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -124,41 +125,45 @@ def _run(jobs: list[SceneJob], processes: int) -> Iterator[int]:
         return
     # "spawn" is the one way that is safe beside threads (BLAS, progress bars) and the same on every system.
     context = multiprocessing.get_context("spawn")
-    ticks = context.Queue()
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context, initializer=_set_ticks, initargs=(ticks,)) as pool:
+    ticks, stop = context.Queue(), context.Event()
+    with ProcessPoolExecutor(
+        min(processes, len(jobs)), mp_context=context, initializer=_set_worker, initargs=(ticks, stop)
+    ) as pool:
         futures = [pool.submit(_write_scene_in_worker, job) for job in jobs]
-        left = sum(job.config.sweeps for job in jobs)
         try:
-            while left:
+            while not all(future.done() for future in futures) or not ticks.empty():
                 try:
-                    written = ticks.get(timeout=0.5)
+                    yield ticks.get(timeout=0.2)
                 except queue.Empty:
-                    finished, open_futures = wait(futures, timeout=0, return_when=FIRST_EXCEPTION)
-                    for future in finished:
-                        future.result()
-                    if not open_futures and ticks.empty():
-                        break
-                    continue
-                left -= written
-                yield written
+                    for future in futures:
+                        if future.done():
+                            future.result()
             for future in futures:
                 future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "A process that wrote a scene was ended from outside, perhaps for want of memory. "
+                "Run again with fewer processes: finished scenes are kept."
+            ) from error
         finally:
-            for future in futures:
-                future.cancel()
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 _ticks: Any = None
+_stop: Any = None
 
 
-def _set_ticks(ticks: Any) -> None:
-    global _ticks
-    _ticks = ticks
+def _set_worker(ticks: Any, stop: Any) -> None:
+    global _ticks, _stop
+    _ticks, _stop = ticks, stop
 
 
 def _write_scene_in_worker(job: SceneJob) -> None:
     for written in _write_scene(job):
         _ticks.put(written)
+        if _stop.is_set():
+            return
 
 
 # -- one scene --------------------------------------------------------------------------------------------------------
