@@ -69,13 +69,13 @@ def write_report(
         title=title,
         summary=summary or _default_summary(runs),
         scores=_scores(runs),
-        scenes=_scenes(runs, root, machine),
+        scenes=scenes(runs, root, machine),
         curves=_curves(runs),
         steps=steps or _steps(runs),
         notes=notes,
         environment=_environment(runs),
         configs={run.name: run.folder.config_tree() for run in runs},
-        class_names=_class_names(root),
+        class_names=class_names(root),
     )
     return render_report(page, out or folder / "report.html")
 
@@ -108,9 +108,18 @@ def _scores(runs: list[Run]) -> dict[str, RunScores]:
         path = run.folder.path / "evaluation_val.json"
         if isinstance(run.config, SegmentationConfig) and path.is_file():
             start_from = run.config.pretrained
-            detail = "from scratch" if start_from is None else f"encoder of {start_from.name}"
+            detail = "from scratch" if start_from is None else _pretrained_on(runs, start_from)
             scores[_short(run.name)] = RunScores.from_tree(json.loads(path.read_text()), detail=detail)
     return scores
+
+
+def _pretrained_on(runs: list[Run], source: Path) -> str:
+    for run in runs:
+        if run.folder.path.resolve() == source.resolve() and isinstance(run.config, PretrainConfig):
+            loss = run.config.loss
+            parts = [("points", loss.coordinates_weight), ("teacher features", loss.features_weight)]
+            return "pre-trained on " + " and ".join(name for name, weight in parts if weight > 0)
+    return f"encoder of {source.name}"
 
 
 def _short(name: str) -> str:
@@ -142,7 +151,8 @@ def _environment(runs: list[Run]) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _class_names(root: Path) -> tuple[str, ...]:
+def class_names(root: Path) -> tuple[str, ...]:
+    """Names of the training classes of a prepared dataset; only the ignored one where it has no labels."""
     labels = PreparedDataset(root).label_set
     return labels.train_names if labels is not None else ("ignored",)
 
@@ -150,7 +160,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
 # Looking at sweeps --------------------------------------------------------------------------------------------------------
 
 
-def _scenes(runs: list[Run], root: Path, device: torch.device) -> list[SceneView]:
+def scenes(runs: list[Run], root: Path, device: torch.device) -> list[SceneView]:
     """A few keyframes, of the validation split if there is one, as the networks see them."""
     dataset = PreparedDataset(root)
     split = "val" if "val" in dataset.splits and dataset.keyframes("val") else None
@@ -176,7 +186,7 @@ def _scene(runs: list[Run], dataset: PreparedDataset, key: FrameKey, device: tor
             task = build_segmentation(run.config, device)
             load_into(task.module, load_weights(run.folder.path).tensors)
             values["predictions"][_short(run.name)] = _predicted(task, run.config, dataset, key)[near]
-    return SceneView(name=f"{key}", xyz=xyz[near], intensity=frame.points.intensity[near], **values)
+    return SceneView(name=f"{key.log}, sweep {key.index}", xyz=xyz[near], intensity=frame.points.intensity[near], **values)
 
 
 def _predicted(

@@ -55,7 +55,6 @@ class DataConfig(FrozenConfig):
     shuffle: bool = Field(default=True, description="Draw a new order of frames for every epoch.")
     drop_last: bool = Field(default=True, description="Leave out an incomplete last batch.")
     cache_bytes: int = Field(default=0, ge=0, description="Keep decoded samples in memory up to so many bytes; for small data.")
-    target_store: str | None = Field(default=None, description="Name of the teacher whose stored targets are attached.")
 
     @model_validator(mode="after")
     def _range_is_whole(self) -> Self:

@@ -108,15 +108,11 @@ def place(
 def rotation_yaw_pitch(yaw: NDArray[np.float64], pitch: NDArray[np.float64]) -> NDArray[np.float64]:
     """(n, 3, 3) rotations: pitch about y, then yaw about z."""
     cy, sy, cp, sp = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch)
-    zero = np.zeros_like(cy)
-    return np.stack(
-        [
-            np.stack([cy * cp, -sy, cy * sp], -1),
-            np.stack([sy * cp, cy, sy * sp], -1),
-            np.stack([-sp, zero, cp], -1),
-        ],
-        -2,
-    )
+    out = np.empty((len(yaw), 3, 3))
+    out[:, 0, 0], out[:, 0, 1], out[:, 0, 2] = cy * cp, -sy, cy * sp
+    out[:, 1, 0], out[:, 1, 1], out[:, 1, 2] = sy * cp, cy, sy * sp
+    out[:, 2, 0], out[:, 2, 1], out[:, 2, 2] = -sp, 0.0, cp
+    return out
 
 
 def extent(parts: Parts) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
