@@ -11,7 +11,7 @@ from torch import Tensor
 
 from picture3d.ops.kernel_map import build_kernel_map, unique_coords
 from picture3d.ops.quantize import Quantisation, quantise_points
-from picture3d.ops.sparse_conv import sparse_conv, sparse_conv_reference
+from picture3d.ops.sparse_conv import convolve_inference, sparse_conv, sparse_conv_reference
 
 
 def _rows(coords: Tensor) -> list[tuple[int, ...]]:
@@ -61,12 +61,20 @@ def test_strided_and_transposed_convolution_equal_dense_ones():
     torch.testing.assert_close(sparse_conv(found, back, kmap.transposed()), expected)
 
 
-def test_gradients_pass_the_finite_difference_check():
+# Up to 128 columns the layer is one wide product, above it one product per offset: both sides are checked.
+@pytest.mark.parametrize("channels", [2, 5])
+@pytest.mark.parametrize("layer", ["submanifold", "strided", "transposed", "overlapping strided"])
+def test_gradients_pass_the_finite_difference_check(layer: str, channels: int):
     coords = _random_cells(5, density=0.5, shape=(2, 3, 2), samples=1)
-    kmap = build_kernel_map(coords, 3)
-    feats = torch.randn(len(coords), 2, dtype=torch.float64, requires_grad=True)
-    kernel = torch.randn(27, 2, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda f, k: sparse_conv(f, k, kmap), (feats, kernel))
+    size, stride = {"submanifold": (3, 1), "overlapping strided": (3, 2)}.get(layer, (2, 2))
+    kmap = build_kernel_map(coords, size, stride=stride)
+    if layer == "transposed":
+        kmap = kmap.transposed()
+    generator = torch.Generator().manual_seed(0)
+    feats = torch.randn(kmap.num_in, channels, dtype=torch.float64, generator=generator).requires_grad_()
+    kernel = torch.randn(size**3, channels, 2, dtype=torch.float64, generator=generator).requires_grad_()
+    bias = torch.randn(1, 2, dtype=torch.float64, generator=generator).requires_grad_()
+    assert torch.autograd.gradcheck(lambda f, k, b: sparse_conv(f, k, kmap, b), (feats, kernel, bias))
 
 
 def test_fast_form_equals_its_readable_twin_with_gradients():
@@ -139,6 +147,79 @@ def test_errors_name_the_argument():
     far = torch.tensor([[0, -(2**30), -(2**30), -(2**30)], [0, 2**30, 2**30, 2**30]])
     with pytest.raises(ValueError, match="64-bit key"):
         build_kernel_map(far, 3)
+
+
+def test_coordinates_far_from_zero_are_numbered_exactly():
+    # Three axes of 2**20 cells fill 60 of the key's 63 bits, offsets by int32's own limit included.
+    edge = 2**31 - 2
+    coords = torch.tensor(
+        [[0, -edge, -edge, -edge], [0, -edge, -edge, 1 - edge], [0, 2**20 - edge, 2**20 - edge, 2**20 - edge]],
+        dtype=torch.int64,
+    )
+    kmap = build_kernel_map(coords, 3)
+    assert kmap.num_pairs == 5
+    assert _rows(build_kernel_map(coords, 2, stride=2).out_coords) == [
+        (0, -edge, -edge, -edge),
+        (0, 2**20 - edge, 2**20 - edge, 2**20 - edge),
+    ]
+
+
+def test_rows_that_repeat_or_are_not_sorted_are_refused_and_can_be_mended():
+    coords = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]])
+    with pytest.raises(ValueError, match="coords must be unique and sorted"):
+        build_kernel_map(coords, 3)
+    with pytest.raises(ValueError, match="coords must be unique and sorted"):
+        build_kernel_map(coords, 2, stride=2)
+    unique, first, inverse = unique_coords(coords)
+    assert _rows(unique) == [(0, 0, 0, 0), (0, 1, 0, 0)]
+    assert first.tolist() == [1, 0]  # of equal rows the first one stays
+    assert inverse.tolist() == [1, 0, 1]
+    assert build_kernel_map(unique, 3).num_pairs == 4
+
+
+def test_the_same_call_gives_the_same_bits():
+    coords = _random_cells(17, density=0.5)
+    kmap = build_kernel_map(coords, 3)
+    generator = torch.Generator().manual_seed(0)
+    feats, kernel = torch.randn(len(coords), 32, generator=generator), torch.randn(27, 32, 16, generator=generator)
+    results = []
+    for _ in range(2):
+        f, k = feats.clone().requires_grad_(), kernel.clone().requires_grad_()
+        out = sparse_conv(f, k, kmap)
+        out.square().sum().backward()
+        results.append((out, f.grad, k.grad))
+    for first, second in zip(*results, strict=True):
+        assert first is not None
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("channels", [2, 8])
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (2, 2)])
+def test_inference_form_adds_in_place_and_cuts_off(size: int, stride: int, channels: int):
+    kmap = build_kernel_map(_random_cells(19), size, stride=stride)
+    for used in (kmap, kmap.transposed()):
+        generator = torch.Generator().manual_seed(0)
+        feats = torch.randn(used.num_in, channels, generator=generator)
+        kernel, bias = torch.randn(size**3, channels, 6, generator=generator), torch.randn(1, 6, generator=generator)
+        shortcut = torch.randn(used.num_out, 6, generator=generator)
+        expected = torch.relu(sparse_conv_reference(feats, kernel, used, bias) + shortcut)
+        found = convolve_inference(feats, kernel, used, bias, onto=shortcut.clone(), relu=True)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        half = convolve_inference(
+            feats.bfloat16(), kernel.bfloat16(), used, bias.bfloat16(), onto=shortcut.bfloat16(), relu=True
+        ).float()
+        assert F.cosine_similarity(half.flatten(), expected.flatten(), dim=0) > 0.999
+
+
+@pytest.mark.long
+def test_five_million_voxels_are_numbered_without_overflow():
+    x, y = torch.meshgrid(torch.arange(2500), torch.arange(2000), indexing="ij")
+    coords = torch.stack([torch.zeros_like(x), x, y, (x + y) % 2], -1).reshape(-1, 4)  # a sheet of two heights
+    kmap = build_kernel_map(coords, 3)
+    # Every voxel sees the whole 3x3 of its neighbours, at most one of them per column.
+    assert kmap.num_pairs == (3 * 2500 - 2) * (3 * 2000 - 2)
+    out = sparse_conv(torch.ones(len(coords), 1), torch.ones(27, 1, 1), kmap)
+    assert int(out.double().sum()) == kmap.num_pairs
 
 
 def test_half_precision_and_non_contiguous_features():
