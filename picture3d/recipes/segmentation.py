@@ -14,7 +14,6 @@ from picture3d.tasks.segmentation import SegmentationTaskConfig
 from picture3d.training.loop import TrainingConfig
 from picture3d.training.optim import OptimConfig
 
-
 # One over the square root of each class's share of the points in training towns; class 0 is ignored.
 TOWN_CLASS_WEIGHTS = (0.0, 2.4, 3.2, 2.1, 1.6, 3.0, 2.9, 2.9, 4.5, 2.4, 3.2, 0.5, 1.5, 1.1, 1.4, 0.9, 0.9)
 
