@@ -264,6 +264,17 @@ def report(
 
 
 @app.command()
+def tensorboard(
+    run: Annotated[Path, typer.Argument(help="Run folder of a training.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Event folder; default RUN/tensorboard.")] = None,
+) -> None:
+    """Replay a run's metrics into TensorBoard event files (extra: track)."""
+    from picture3d.commands.train import tensorboard as command
+
+    _show(command(run, out))
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe's whole config as JSON.")] = None,
 ) -> None:

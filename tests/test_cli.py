@@ -12,7 +12,7 @@ from picture3d.cli import app, main
 HEAVY = ("torch", "numpy", "pydantic", "PIL", "safetensors", "picture3d.config", "picture3d.structures")
 COMMANDS = [
     ["synth"], ["prepare"], ["prepare", "nuscenes"], ["prepare", "points"], ["targets"], ["pretrain"], ["finetune"],
-    ["finetune", "segmentation"], ["evaluate"], ["probe"], ["report"], ["recipes"], ["demo"],
+    ["finetune", "segmentation"], ["evaluate"], ["probe"], ["report"], ["recipes"], ["tensorboard"], ["demo"],
 ]  # fmt: skip
 
 

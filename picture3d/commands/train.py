@@ -82,6 +82,28 @@ def run_segmentation(config: SegmentationConfig, out: Path, resume: bool, device
     return fit(task, batches, config.training, run, resume=resume)
 
 
+def tensorboard(run: Path, out: Path | None) -> str:
+    """Replays the metrics of a run folder into TensorBoard's event files; returns what to tell the user.
+
+    Raises:
+        ConfigError: if TensorBoard is not installed, or the folder holds no metrics.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("TensorBoard is not installed: pip install 'picture3d[track]'") from None
+    records = list(RunFolder(run).metrics())
+    if not records:
+        raise ConfigError(f"{run}: holds no metrics.jsonl with numbers; name a run folder")
+    folder = out or run / "tensorboard"
+    with SummaryWriter(str(folder)) as writer:
+        for record in records:
+            for name, value in {**record.get("losses", {}), "lr": record.get("lr")}.items():
+                if value is not None:
+                    writer.add_scalar(name, value, record["step"])
+    return f"{folder}: {len(records)} steps. Look at them with: tensorboard --logdir {folder}"
+
+
 def describe_recipes(name: str | None) -> str:
     """The list of recipes, or one of them as JSON."""
     data = Path("prepared")
