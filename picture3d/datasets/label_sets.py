@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from picture3d.config import nearest
 from picture3d.errors import DataError
+from picture3d.formats.lidarseg_categories import LIDARSEG_CATEGORIES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,41 +46,6 @@ def label_set(name: str) -> LabelSet:
     return known[name]
 
 
-_NUSCENES_32_NAMES = (
-    "noise",
-    "animal",
-    "human.pedestrian.adult",
-    "human.pedestrian.child",
-    "human.pedestrian.construction_worker",
-    "human.pedestrian.personal_mobility",
-    "human.pedestrian.police_officer",
-    "human.pedestrian.stroller",
-    "human.pedestrian.wheelchair",
-    "movable_object.barrier",
-    "movable_object.debris",
-    "movable_object.pushable_pullable",
-    "movable_object.trafficcone",
-    "static_object.bicycle_rack",
-    "vehicle.bicycle",
-    "vehicle.bus.bendy",
-    "vehicle.bus.rigid",
-    "vehicle.car",
-    "vehicle.construction",
-    "vehicle.emergency.ambulance",
-    "vehicle.emergency.police",
-    "vehicle.motorcycle",
-    "vehicle.trailer",
-    "vehicle.truck",
-    "flat.driveable_surface",
-    "flat.other",
-    "flat.sidewalk",
-    "flat.terrain",
-    "static.manmade",
-    "static.other",
-    "static.vegetation",
-    "vehicle.ego",
-)
-
 _NUSCENES_TRAIN_NAMES = (
     "ignored",
     "barrier",
@@ -112,7 +78,7 @@ def _nuscenes_32() -> LabelSet:
     table = np.zeros(256, np.uint8)
     for raw, train in _NUSCENES_RAW_TO_TRAIN.items():
         table[raw] = train
-    return LabelSet("nuscenes-32", _NUSCENES_32_NAMES, _NUSCENES_TRAIN_NAMES, _frozen(table))
+    return LabelSet("nuscenes-32", LIDARSEG_CATEGORIES, _NUSCENES_TRAIN_NAMES, _frozen(table))
 
 
 @cache

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from picture3d.formats.lidarseg_categories import INDEX_OF
 from picture3d.synthetic import scenery
-from picture3d.synthetic.categories import INDEX_OF
 from picture3d.synthetic.ground import OTHER_FLAT, PARKING, SIDEWALK, TERRAIN, Ground
 from picture3d.synthetic.primitives import Parts
 from picture3d.synthetic.streets import CELL_M, Plan, Road

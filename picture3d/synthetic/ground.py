@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from picture3d.synthetic.categories import INDEX_OF
+from picture3d.formats.lidarseg_categories import INDEX_OF
 
 # Codes of the cover raster.
 ROAD, MARKING, PARKING, OTHER_FLAT, SIDEWALK, TERRAIN = range(6)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from picture3d.formats.lidarseg_categories import LIDARSEG_CATEGORIES
 from picture3d.structures.poses import Pose
-from picture3d.synthetic.categories import LIDARSEG_CATEGORIES
 from picture3d.synthetic.drive import EGO_FROM_LIDAR, DriveConfig, DriveStep
 from picture3d.synthetic.world import Town
 

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.config import FrozenConfig
+from picture3d.formats.lidarseg_categories import INDEX_OF
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.poses import Pose
 from picture3d.synthetic import scenery as looks
-from picture3d.synthetic.categories import INDEX_OF
 from picture3d.synthetic.furnish import Furnisher
 from picture3d.synthetic.ground import Ground
 from picture3d.synthetic.primitives import Primitives, extent, place, rotation_yaw_pitch

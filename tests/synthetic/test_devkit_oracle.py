@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from picture3d.synthetic.categories import LIDARSEG_CATEGORIES
+from picture3d.formats.lidarseg_categories import LIDARSEG_CATEGORIES
 from picture3d.synthetic.nuscenes_writer import write_nuscenes
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from picture3d.formats.lidarseg_categories import INDEX_OF
 from picture3d.structures.points import IntensityUnit
 from picture3d.structures.poses import Pose
-from picture3d.synthetic.categories import INDEX_OF
 from picture3d.synthetic.ground import Ground
 from picture3d.synthetic.lidar import SpinningLidar, scan
 from picture3d.synthetic.primitives import BOX, Primitives, part, place

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from picture3d.errors import ConfigError
-from picture3d.synthetic.categories import INDEX_OF, LIDARSEG_CATEGORIES
+from picture3d.formats.lidarseg_categories import INDEX_OF, LIDARSEG_CATEGORIES
 from picture3d.synthetic.nuscenes_writer import SPLITS_FILE, write_nuscenes
 
 TABLES = [

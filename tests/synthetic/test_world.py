@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from picture3d.synthetic.categories import INDEX_OF, LIDARSEG_CATEGORIES
+from picture3d.formats.lidarseg_categories import INDEX_OF, LIDARSEG_CATEGORIES
 from picture3d.synthetic.drive import DriveConfig, drive, drive_step
 from picture3d.synthetic.ground import MARKING, ROAD
 from picture3d.synthetic.world import Town, TownConfig, build_town
