@@ -56,6 +56,7 @@ class Augmentation:
             size=boxes.size * self.scale,
             yaw=(yaw + self.yaw + np.pi) % (2 * np.pi) - np.pi,
             velocity=boxes.velocity @ self.linear[:2, :2].T,
+            acceleration=None if boxes.acceleration is None else boxes.acceleration @ self.linear[:2, :2].T,
         )
 
 

@@ -21,11 +21,17 @@ POINT_COLUMNS: dict[str, tuple[str, int]] = {  # name -> dtype, values per point
     "ring": ("<i2", 1),
     "elongation": ("<f4", 1),
     "time_s": ("<f4", 1),
+    "sensor": ("|u1", 1),
+    "return_index": ("|u1", 1),
+    "no_label_zone": ("|u1", 1),  # bool in memory
     "labels": ("|u1", 1),
     "instances": ("<u2", 1),
 }
-OPTIONAL_COLUMNS = frozenset({"ring", "elongation", "time_s", "labels", "instances", "boxes"})
-BOX_COLUMNS = ("box_geometry", "box_points", "box_names")
+OPTIONAL_COLUMNS = frozenset(POINT_COLUMNS.keys() - {"xyz", "intensity"} | {"boxes"})
+# The first three are always there for an annotated frame, the others where the dataset tells.
+BOX_COLUMNS = (
+    "box_geometry", "box_points", "box_names", "box_radar_points", "box_attributes", "box_difficulty", "box_acceleration",
+)  # fmt: skip
 
 
 def columns_of(frame: Frame, place: str) -> dict[str, NDArray[np.generic]]:
@@ -36,6 +42,8 @@ def columns_of(frame: Frame, place: str) -> dict[str, NDArray[np.generic]]:
     """
     present = {**frame.points.columns(), "labels": frame.labels, "instances": frame.instances}
     columns: dict[str, NDArray[np.generic]] = {name: column for name, column in present.items() if column is not None}
+    if frame.points.no_label_zone is not None:
+        columns["no_label_zone"] = frame.points.no_label_zone.view(np.uint8)
     for name, column in columns.items():
         dtype, width = POINT_COLUMNS[name]
         shape = (len(frame.points),) if width == 1 else (len(frame.points), width)
@@ -53,6 +61,14 @@ def columns_of(frame: Frame, place: str) -> dict[str, NDArray[np.generic]]:
         columns["box_geometry"] = np.concatenate(geometry, axis=1).astype("<f8")
         columns["box_points"] = boxes.num_points.astype("<i4")
         columns["box_names"] = np.frombuffer(names, np.uint8)
+        if boxes.num_radar_points is not None:
+            columns["box_radar_points"] = boxes.num_radar_points.astype("<i4")
+        if boxes.attribute is not None:
+            columns["box_attributes"] = np.frombuffer(json.dumps(boxes.attribute, separators=(",", ":")).encode(), np.uint8)
+        if boxes.difficulty is not None:
+            columns["box_difficulty"] = boxes.difficulty.astype("<i2")
+        if boxes.acceleration is not None:
+            columns["box_acceleration"] = boxes.acceleration.astype("<f8")
     return columns
 
 
@@ -96,6 +112,9 @@ def frame_of(
         ring=arrays.get("ring"),
         elongation=arrays.get("elongation"),
         time_s=arrays.get("time_s"),
+        sensor=arrays.get("sensor"),
+        return_index=arrays.get("return_index"),
+        no_label_zone=None if "no_label_zone" not in arrays else arrays["no_label_zone"].astype(np.bool_),
     )
     ego_from_lidar = _pose_of(record["ego_from_lidar"])
     if ego_from_lidar is None:
@@ -124,6 +143,7 @@ def _boxes_of(arrays: dict[str, Any]) -> Boxes:
     if geometry.ndim != 2 or geometry.shape[1] != 9:
         raise ValueError(f"box_geometry has shape {geometry.shape}, expected (boxes, 9)")
     category, track_id = json.loads(arrays["box_names"].tobytes())
+    attributes, difficulty = arrays.get("box_attributes"), arrays.get("box_difficulty")
     return Boxes(
         center=geometry[:, 0:3],
         size=geometry[:, 3:6],
@@ -132,6 +152,10 @@ def _boxes_of(arrays: dict[str, Any]) -> Boxes:
         category=tuple(str(name) for name in category),
         track_id=tuple(str(name) for name in track_id),
         num_points=arrays["box_points"],
+        num_radar_points=arrays.get("box_radar_points"),
+        attribute=None if attributes is None else tuple(str(name) for name in json.loads(attributes.tobytes())),
+        difficulty=None if difficulty is None else difficulty.astype(np.int8),
+        acceleration=arrays.get("box_acceleration"),
     )
 
 

@@ -233,7 +233,7 @@ class LogReader:
 
         Args:
             index: position in the log.
-            columns: which of ``ring elongation time_s labels instances boxes`` to read where present; None reads all.
+            columns: which of `OPTIONAL_COLUMNS` (``ring``, ``labels``, ``boxes``...) to read where present; None reads all.
                 xyz and intensity are always read.
 
         Raises:

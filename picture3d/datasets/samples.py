@@ -259,6 +259,8 @@ def scale_intensity(points: PointCloud, scale: str) -> NDArray[np.float32]:
             unit = points.intensity
         case IntensityUnit.TANH:
             return points.intensity  # already in 0..1 and already a tanh
+        case IntensityUnit.RAW_UNBOUNDED:
+            return np.tanh(points.intensity)  # its only reading in 0..1
         case IntensityUnit.UNKNOWN:
             raise DataError(
                 "the unit of this data's intensity is unknown, so it cannot be scaled. "

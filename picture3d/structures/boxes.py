@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,11 @@ class Boxes:
     category: tuple[str, ...]  # dataset's own category names
     track_id: tuple[str, ...]  # the same object keeps its id in a log
     num_points: NDArray[np.int32]  # (B,) LiDAR points inside, as the dataset counts them; -1 where unknown
+    # What only some datasets tell; None where they do not.
+    num_radar_points: NDArray[np.int32] | None = None  # (B,) nuScenes
+    attribute: tuple[str, ...] | None = None  # nuScenes: "vehicle.moving"...; "" where a box has none
+    difficulty: NDArray[np.int8] | None = None  # (B,) Waymo: 1, 2 as annotated, 0 = not set
+    acceleration: NDArray[np.float64] | None = None  # (B, 2) metres per second squared along x and y; Waymo
 
     def __post_init__(self) -> None:
         count = len(self.category)
@@ -30,12 +35,31 @@ class Boxes:
             "num_points": (self.num_points.shape, (count,)),
             "track_id": ((len(self.track_id),), (count,)),
         }
+        if self.num_radar_points is not None:
+            shapes["num_radar_points"] = (self.num_radar_points.shape, (count,))
+        if self.attribute is not None:
+            shapes["attribute"] = ((len(self.attribute),), (count,))
+        if self.difficulty is not None:
+            shapes["difficulty"] = (self.difficulty.shape, (count,))
+        if self.acceleration is not None:
+            shapes["acceleration"] = (self.acceleration.shape, (count, 2))
         for name, (found, expected) in shapes.items():
             if found != expected:
                 raise ValueError(f"{name} has shape {found}, expected {expected} for {count} boxes")
 
     def __len__(self) -> int:
         return len(self.category)
+
+    def select(self, index: NDArray[np.bool_] | NDArray[np.integer]) -> Boxes:
+        """The boxes chosen by a boolean mask or an index, in that order."""
+        rows = np.flatnonzero(index) if index.dtype == np.bool_ else index
+        chosen: dict[str, object] = {}
+        for field in fields(self):
+            column = getattr(self, field.name)
+            chosen[field.name] = tuple(column[int(row)] for row in rows) if isinstance(column, tuple) else column
+            if isinstance(column, np.ndarray):
+                chosen[field.name] = column[rows]
+        return replace(self, **chosen)
 
     @staticmethod
     def empty() -> Boxes:

@@ -15,6 +15,7 @@ class IntensityUnit(StrEnum):
     RAW_255 = "0-255"  # nuScenes: the sensor's byte
     UNIT = "0-1"  # KITTI: reflectance
     TANH = "tanh"  # Waymo after loading: tanh of the raw, unbounded value
+    RAW_UNBOUNDED = "raw"  # Waymo as recorded: 0 and up, rarely above 1 but without a bound
     UNKNOWN = "unknown"
 
 
@@ -28,6 +29,9 @@ class PointCloud:
     ring: NDArray[np.int16] | None = None  # (N,) int16, laser number, 0 = lowest beam in nuScenes
     elongation: NDArray[np.float32] | None = None  # (N,) float32, Waymo
     time_s: NDArray[np.float32] | None = None  # (N,) float32, seconds relative to the frame's timestamp
+    sensor: NDArray[np.uint8] | None = None  # (N,) uint8, which LiDAR of several; Waymo: 1 TOP, 2 FRONT, 3, 4 SIDES, 5 REAR
+    return_index: NDArray[np.uint8] | None = None  # (N,) uint8, 1 or 2: which echo of the pulse
+    no_label_zone: NDArray[np.bool_] | None = None  # (N,) bool, Waymo: in a zone that was not annotated
 
     def __post_init__(self) -> None:
         if self.xyz.ndim != 2 or self.xyz.shape[1] != 3:

@@ -70,6 +70,8 @@ class MinkUNetTeacher:
                 unit = points.intensity / 255
             case IntensityUnit.UNIT | IntensityUnit.TANH:
                 unit = points.intensity
+            case IntensityUnit.RAW_UNBOUNDED:
+                unit = np.tanh(points.intensity)
             case IntensityUnit.UNKNOWN:
                 raise DataError(
                     f"teacher {self.name}: needs the intensity, and its unit is unknown. "

@@ -23,6 +23,10 @@ def made_boxes(rng: np.random.Generator, count: int) -> Boxes:
         category=tuple(f"vehicle.é{i}" for i in range(count)),
         track_id=tuple(f"track-{i}" for i in range(count)),
         num_points=rng.integers(-1, 50, count).astype(np.int32),
+        num_radar_points=rng.integers(0, 9, count).astype(np.int32),
+        attribute=tuple("" if i % 2 else "vehicle.moving" for i in range(count)),
+        difficulty=rng.integers(0, 3, count).astype(np.int8),
+        acceleration=rng.normal(size=(count, 2)),
     )
 
 
@@ -36,6 +40,9 @@ def made_frame(log: str = "log-a", index: int = 0, *, points: int = 40, seed: in
         ring=rng.integers(0, 32, points).astype(np.int16),
         elongation=rng.random(points).astype(np.float32),
         time_s=rng.normal(size=points).astype(np.float32),
+        sensor=rng.integers(1, 6, points).astype(np.uint8),
+        return_index=rng.integers(1, 3, points).astype(np.uint8),
+        no_label_zone=rng.random(points) < 0.2,
     )
     values: dict[str, Any] = {
         "log": log,

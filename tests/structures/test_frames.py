@@ -87,3 +87,27 @@ def test_a_box_column_of_another_shape_is_named(column, value):
         Boxes(**{**values, column: value})
     assert len(Boxes(**values)) == 2
     assert len(Boxes.empty()) == 0
+
+
+def test_selecting_boxes_takes_the_same_rows_of_every_column_by_index_or_mask():
+    boxes = Boxes(
+        center=np.arange(9.0).reshape(3, 3),
+        size=np.ones((3, 3)),
+        yaw=np.array([0.0, 0.1, 0.2]),
+        velocity=np.zeros((3, 2)),
+        category=("a", "b", "c"),
+        track_id=("0", "1", "2"),
+        num_points=np.array([5, 6, 7], np.int32),
+        attribute=("", "moving", "parked"),
+        difficulty=np.array([0, 1, 2], np.int8),
+    )
+    chosen = boxes.select(np.array([2, 0]))
+    assert (chosen.category, chosen.track_id, chosen.attribute) == (("c", "a"), ("2", "0"), ("parked", ""))
+    assert chosen.difficulty is not None
+    assert (chosen.num_points.tolist(), chosen.difficulty.tolist(), chosen.yaw.tolist()) == ([7, 5], [2, 0], [0.2, 0.0])
+    assert (chosen.acceleration, chosen.num_radar_points) == (None, None)
+    assert boxes.select(np.array([False, True, False])).category == ("b",)
+    assert len(boxes.select(np.zeros(3, bool))) == 0
+    with pytest.raises(ValueError, match="difficulty has shape"):
+        Boxes(np.zeros((1, 3)), np.ones((1, 3)), np.zeros(1), np.zeros((1, 2)), ("a",), ("0",), np.zeros(1, np.int32),
+              difficulty=np.zeros(2, np.int8))  # fmt: skip
