@@ -25,6 +25,8 @@ prepare_app = typer.Typer(no_args_is_help=True, help="Turn raw logs into prepare
 finetune_app = typer.Typer(no_args_is_help=True, help="Train a task network from an encoder, or from scratch.")
 app.add_typer(prepare_app, name="prepare")
 app.add_typer(finetune_app, name="finetune")
+data_app = typer.Typer(no_args_is_help=True, help="Look at prepared frames.")
+app.add_typer(data_app, name="data")
 
 
 class TeacherName(StrEnum):
@@ -118,6 +120,36 @@ def prepare_points(
             name=name,
         )
     )
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="Prepared frames, or a raw nuScenes root.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+) -> None:
+    """Look for trouble before a long run: missing, cut or damaged files, NaN, impossible boxes, jumps in time and place.
+
+    Exit status 1 if the data is not sound.
+    """
+    from picture3d.commands.inspect import check as command
+
+    text, sound = command(folder, as_json=as_json)
+    _show(text)
+    if not sound:
+        raise typer.Exit(1)
+
+
+@data_app.command("info")
+def data_info(
+    folder: Annotated[Path, typer.Argument(help="Folder of prepared frames.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw one keyframe into this PNG.")] = None,
+    frame: Annotated[int, typer.Option(min=0, help="Which keyframe is drawn, counted over all logs.")] = 0,
+) -> None:
+    """What a prepared dataset holds: logs, frames, points, boxes, bytes, attached targets."""
+    from picture3d.commands.inspect import data_info as command
+
+    _show(command(folder, as_json=as_json, picture=picture, frame=frame))
 
 
 @app.command()
@@ -296,6 +328,48 @@ def demo(
     from picture3d.commands.demo import demo as command
 
     _show(command(out, tiny=tiny, threads=threads))
+
+
+weights_app = typer.Typer(no_args_is_help=True, help="Look into checkpoints; exchange them with OpenPCDet's layout.")
+app.add_typer(weights_app, name="weights")
+WeightsRecipe = Annotated[str | None, typer.Option("--recipe", help="Compare with the network of this recipe.")]
+
+
+@weights_app.command("show")
+def weights_show(
+    file: Annotated[Path, typer.Argument(help="Run folder, .safetensors, or a .pth of OpenPCDet.")],
+    recipe: WeightsRecipe = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its shape.")] = False,
+) -> None:
+    """List what a checkpoint holds and how it fits a recipe's network."""
+    from picture3d.commands.weights import show as command
+
+    _show(command(file, recipe=recipe, tensors=tensors))
+
+
+@weights_app.command("import")
+def weights_import(
+    file: Annotated[Path, typer.Argument(help="A .pth of OpenPCDet (PICTURE, GPICTURE, DSVT), or a .safetensors.")],
+    out: Annotated[Path, typer.Argument(help="The .safetensors to write.")],
+    recipe: WeightsRecipe = None,
+    encoder_only: Annotated[bool, typer.Option("--encoder-only", help="Take vfe and backbone_3d alone.")] = False,
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept a file that fits only in part.")] = False,
+) -> None:
+    """Turn a checkpoint of OpenPCDet into one of ours."""
+    from picture3d.commands.weights import import_weights as command
+
+    _show(command(file, out, recipe=recipe, encoder_only=encoder_only, allow_partial=allow_partial))
+
+
+@weights_app.command("export")
+def weights_export(
+    source: Annotated[Path, typer.Argument(help="Run folder or checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="The .safetensors to write, under OpenPCDet's names.")],
+) -> None:
+    """Write a run's network under OpenPCDet's names."""
+    from picture3d.commands.weights import export_weights as command
+
+    _show(command(source, out))
 
 
 def _show(text: str) -> None:

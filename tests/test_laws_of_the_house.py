@@ -36,8 +36,8 @@ ALLOWED: dict[str, set[str]] = {
 }  # fmt: skip
 # Geometry is nobody's property: the object sampler and the metrics may use these two and no other operators.
 SHARED_GEOMETRY = {"picture3d.ops.box_iou", "picture3d.ops.scatter"}
-# Training loads weights by name into any module, so its checkpoint file may be used where encoders are handed over.
-TASKS_FROM_TRAINING = {"picture3d.training.checkpoint"}
+# Training loads weights by name into any module, so its checkpoint files may be used where encoders are handed over.
+TASKS_FROM_TRAINING = {"picture3d.training.checkpoint", "picture3d.training.weights_import"}
 
 
 def room_of(path: Path) -> str:

@@ -18,7 +18,8 @@ from picture3d.ops.scatter import gather_rows
 from picture3d.ops.voxelize import VoxelAssignment
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.voxels import VoxelGrid
-from picture3d.training.checkpoint import LoadReport, load_into, load_weights
+from picture3d.training.checkpoint import LoadReport, load_into
+from picture3d.training.weights_import import load_any_weights
 
 ENCODER_PARTS = ("vfe", "backbone_3d")  # the names under which pre-training, and published checkpoints, keep the encoder
 # Settings that change how fast the same function is computed, in how much memory, or how it is trained, and not the function.
@@ -101,7 +102,7 @@ def load_encoder(
 
     Args:
         network: receives the weights of `vfe` and `backbone_3d`.
-        source: run folder, or a safetensors file with the same names.
+        source: run folder, a safetensors file with the same names, or a checkpoint of OpenPCDet.
         allow_partial: accept tensors without a place, places without a tensor, and other settings.
         inputs: settings of the data, by name, that decide what a point feature means (``features``, ``intensity_scale``) and
             therefore have to agree too.
@@ -113,7 +114,7 @@ def load_encoder(
         CheckpointError: if there is no checkpoint, it is damaged, nothing in it fits, or it fits only in part and
             `allow_partial` is not set. The network is then unchanged.
     """
-    checkpoint = load_weights(source)
+    checkpoint = load_any_weights(source)
     differences = _differences(network, checkpoint.meta.get("config"), inputs or {})
     if differences and not allow_partial:
         raise CheckpointError(

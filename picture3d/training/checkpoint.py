@@ -113,6 +113,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(tensors, meta)
 
 
+def compare(module: nn.Module, tensors: Mapping[str, Tensor], *, prefix: str = "") -> LoadReport:
+    """What `load_into` with the same arguments would load and leave; nothing is changed, nothing refused."""
+    offered, places = _below(tensors, prefix), module.state_dict(keep_vars=True)
+    return LoadReport(
+        matched=tuple(n for n in places if n in offered and offered[n].shape == places[n].shape),
+        missing=tuple(n for n in places if n not in offered),
+        unexpected=tuple(n for n in offered if n not in places),
+        wrong_shape=tuple(n for n in places if n in offered and offered[n].shape != places[n].shape),
+    )
+
+
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, prefix: str = "", allow_partial: bool = False) -> LoadReport:
     """Copies tensors into the parameters and buffers of `module` that have the same name and shape.
 
@@ -128,14 +139,9 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, prefix: str =
     Raises:
         CheckpointError: if the transfer is void, or partial without `allow_partial`. The module is then unchanged.
     """
-    offered = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    report = compare(module, tensors, prefix=prefix)
+    offered = _below(tensors, prefix)
     places = module.state_dict(keep_vars=True)
-    report = LoadReport(
-        matched=tuple(n for n in places if n in offered and offered[n].shape == places[n].shape),
-        missing=tuple(n for n in places if n not in offered),
-        unexpected=tuple(n for n in offered if n not in places),
-        wrong_shape=tuple(n for n in places if n in offered and offered[n].shape != places[n].shape),
-    )
     if places and not report.matched:
         under = f" below '{prefix}'" if prefix else ""
         raise CheckpointError(
@@ -207,6 +213,10 @@ def prune_checkpoints(folder: Path, keep_last: int) -> None:
         leftover.unlink(missing_ok=True)
     for step in checkpoint_steps(folder)[:-keep_last]:
         checkpoint_path(folder, step).unlink(missing_ok=True)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
