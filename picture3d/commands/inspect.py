@@ -1,0 +1,123 @@
+"""`check` and `data info`: is the data sound, and what is in it?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from picture3d.datasets.check import CheckReport, check_prepared
+from picture3d.datasets.check_raw import check_raw_nuscenes, is_raw_nuscenes
+from picture3d.datasets.prepared import FrameKey, PreparedDataset, log_path
+from picture3d.errors import DataError
+from picture3d.files import whole_file
+from picture3d.structures.frame import Frame
+from picture3d.training.runlog import Progress
+
+
+def check(folder: Path, *, as_json: bool) -> tuple[str, bool]:
+    """Checks prepared or raw data; returns what to tell the user and whether the data is sound.
+
+    Raises:
+        DataError: if the folder holds neither prepared frames nor raw data of a known kind.
+    """
+    with Progress("check", unit="frames") as progress:
+        if (folder / "dataset.json").exists():
+            report = check_prepared(folder, progress=progress)
+        elif is_raw_nuscenes(folder):
+            report = check_raw_nuscenes(folder, progress=progress)
+        else:
+            raise DataError(
+                f"{folder}: neither prepared frames (no dataset.json) nor raw nuScenes (no v1.0-*/scene.json). "
+                "Name the folder that holds one of these."
+            )
+    return (json.dumps(report.to_json()) if as_json else _check_text(report)), report.sound
+
+
+def data_info(folder: Path, *, as_json: bool, picture: Path | None, frame: int) -> str:
+    """What a prepared dataset holds, from its index alone; with `picture`, one keyframe is drawn.
+
+    Raises:
+        DataError: if the folder is not a prepared dataset, or has no such keyframe.
+    """
+    dataset = PreparedDataset(folder)
+    logs = dataset.logs()
+    summaries = [dataset.summary(log) for log in logs]
+    stores = sorted(path.name for path in (folder / "targets").iterdir()) if (folder / "targets").is_dir() else []
+    info = {
+        "root": str(folder),
+        "name": dataset.name,
+        "label_set": None if dataset.label_set is None else dataset.label_set.name,
+        "logs": len(logs),
+        "splits": {split: len(dataset.logs(split)) for split in dataset.splits},
+        "frames": sum(s.frames for s in summaries),
+        "keyframes": sum(len(s.keyframes) for s in summaries),
+        "labelled_frames": sum(s.labelled for s in summaries),
+        "points": sum(s.points for s in summaries),
+        "boxes": sum(s.boxes for s in summaries),
+        "bytes": sum(log_path(folder, log).stat().st_size for log in logs),
+        "targets": stores,
+    }
+    if picture is not None:
+        keys = dataset.keyframes()
+        if not 0 <= frame < len(keys):
+            raise DataError(f"{folder}: there is no keyframe {frame}; it has {len(keys)}")
+        info["picture"] = str(_draw(dataset, keys[frame], picture))
+    return json.dumps(info) if as_json else _info_text(info)
+
+
+def _draw(dataset: PreparedDataset, key: FrameKey, out: Path) -> Path:
+    """A bird's-eye view of one frame with its boxes, coloured by class where it is labelled, by height otherwise."""
+    from picture3d.view.box_overlay import draw_boxes
+    from picture3d.view.colors import label_colors, ramp_colors
+    from picture3d.view.pictures import bird_eye, png_bytes
+
+    frame: Frame = dataset.frame(key)
+    if frame.labels is not None and dataset.label_set is not None:
+        colors = label_colors(dataset.label_set.to_train(frame.labels), dataset.label_set.train_names)
+    else:
+        colors = ramp_colors(frame.points.xyz[:, 2])
+    picture = bird_eye(frame.points.xyz, colors, size_px=960)
+    if frame.boxes is not None and len(frame.boxes):
+        boxes = frame.boxes
+        picture = draw_boxes(picture, boxes.center, boxes.size, boxes.yaw, colors=[(255, 214, 90)] * len(boxes))
+    with whole_file(out) as file:
+        file.write(png_bytes(picture))
+    return out
+
+
+def _check_text(report: CheckReport) -> str:
+    counts = ", ".join(f"{value:,} {name}" for name, value in report.counts.items() if value)
+    lines = [f"{report.root}: {counts or 'empty'}"]
+    for title, table in (("points per class", report.classes), ("boxes per category", report.categories)):
+        if table:
+            lines.append(f"{title}:")
+            total = sum(table.values())
+            width = max(len(name) for name in table)
+            lines += [f"  {name:<{width}}  {count:>13,}  {100 * count / total:5.1f} %" for name, count in table.items()]
+    errors = sum(finding.level == "error" for finding in report.findings)
+    for finding in sorted(report.findings, key=lambda f: f.level):
+        times = f" ({finding.count} times)" if finding.count > 1 else ""
+        lines.append(f"{finding.level}: {finding.kind}{times}: {finding.where}: {finding.what}")
+    warnings = len(report.findings) - errors
+    lines.append("sound" if errors == 0 else f"not sound: {errors} errors")
+    if warnings:
+        lines[-1] += f", {warnings} warnings"
+    return "\n".join(lines)
+
+
+def _info_text(info: dict[str, object]) -> str:
+    def shown(value: object) -> str:
+        match value:
+            case bool() | None:
+                return "none"
+            case int():
+                return f"{value:,}"
+            case dict():
+                return ", ".join(f"{name} {count}" for name, count in value.items()) or "none"
+            case list():
+                return ", ".join(str(entry) for entry in value) or "none"
+            case _:
+                return str(value)
+
+    width = max(len(name) for name in info)
+    return "\n".join(f"{name.replace('_', ' '):<{width}}  {shown(value)}" for name, value in info.items())
