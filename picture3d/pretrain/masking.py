@@ -1,7 +1,8 @@
 """I2Mask: which voxels of a sweep to hide from the encoder, chosen by what the teacher says about them.
 
 Superclasses that stand far apart from each other are hidden most (inter-class); loose superclasses are hidden less than
-tight ones (intra-class). Pure functions on tensors; randomness comes in as a generator.
+tight ones (intra-class). The geometric masks it is compared with: `pretrain/mask_lab.py`. Pure functions on tensors;
+randomness comes in as a generator.
 
 M is the number of voxels of the batch, B of samples, K of superclasses. A voxel without a teacher target has superclass -1:
 it takes no part in the statistics and is never hidden.
@@ -22,6 +23,7 @@ from torch import Tensor
 from picture3d.config import FrozenConfig
 from picture3d.errors import ConfigError
 from picture3d.ops.scatter import segment_count, segment_mean, segment_sum
+from picture3d.pretrain.mask_lab import VoxelPlaces, block_order, radial_order, range_ring
 
 # Added before rounding down: 200 voxels at 0.9 are 180 in every precision.
 _ROUNDING = 1e-6
@@ -32,11 +34,21 @@ _ABSENT_PENALTY = 1e3
 class MaskConfig(FrozenConfig):
     """Which voxels are hidden from the encoder."""
 
-    kind: Literal["i2mask", "random"] = Field(
+    kind: Literal["i2mask", "random", "block", "range_aware", "radial"] = Field(
         default="i2mask",
-        description="i2mask: the paper's, guided by teacher features; random: all voxels alike, needs no teacher",
+        description="i2mask: the paper's, guided by teacher features. The others need no teacher. random: all voxels alike; "
+        "block: whole columns of block_cells x block_cells cells; range_aware: near rings, where voxels are dense, lose most; "
+        "radial: whole sectors of the turn",
     )
-    random_ratio: float = Field(default=0.7, ge=0, le=1, description="random: share of voxels hidden")
+    random_ratio: float = Field(
+        default=0.7, ge=0, le=1, description="random, block, radial: share of voxels hidden where target_ratio is not set"
+    )
+    block_cells: int = Field(default=16, ge=1, description="block: edge of a block, cells along x and y")
+    range_edges_m: tuple[float, ...] = Field(default=(30.0, 50.0), description="range_aware: where one ring ends, metres")
+    range_ratios: tuple[float, ...] = Field(
+        default=(0.9, 0.7, 0.5), description="range_aware: share hidden in each ring, the nearest first"
+    )
+    sectors: int = Field(default=36, ge=1, description="radial: sectors of the full turn")
     superclasses: Literal["stored", "kmeans"] = Field(
         default="stored",
         description="stored: the superclasses kept beside the teacher's features, a voxel takes its points' majority; "
@@ -57,7 +69,7 @@ class MaskConfig(FrozenConfig):
     )
     min_ratio: float = Field(default=0.1, ge=0, le=1, description="a sweep that would hide less than this uses coefficient 1")
     target_ratio: float | None = Field(
-        default=None, ge=0, le=1, description="scale the shares so that this share of the voxels with a target is hidden"
+        default=None, ge=0, le=1, description="every kind: hide this share of the voxels that may be hidden, to one voxel"
     )
 
     @model_validator(mode="after")
@@ -71,6 +83,12 @@ class MaskConfig(FrozenConfig):
             raise ValueError(f"{len(self.group_sizes)} groups need as many group_ratios, got {self.group_ratios}")
         if any(size < 1 for size in self.group_sizes) or any(not 0 <= ratio <= 1 for ratio in self.group_ratios):
             raise ValueError("group_sizes must be at least 1 and group_ratios between 0 and 1")
+        if len(self.range_ratios) != len(self.range_edges_m) + 1:
+            raise ValueError(
+                f"{len(self.range_edges_m)} range_edges_m make one ring more; got range_ratios {self.range_ratios}"
+            )
+        if list(self.range_edges_m) != sorted(self.range_edges_m) or any(not 0 <= ratio <= 1 for ratio in self.range_ratios):
+            raise ValueError("range_edges_m must ascend and range_ratios lie between 0 and 1")
         return self
 
 
@@ -84,7 +102,13 @@ class ClassStatistics:
 
 
 def choose_hidden(
-    features: Tensor | None, superclass: Tensor, sample: Tensor, batch_size: int, config: MaskConfig, generator: torch.Generator
+    features: Tensor | None,
+    superclass: Tensor,
+    sample: Tensor,
+    batch_size: int,
+    config: MaskConfig,
+    generator: torch.Generator,
+    places: VoxelPlaces | None = None,
 ) -> Tensor:
     """Which voxels to hide: the one place where a kind of mask is chosen.
 
@@ -95,6 +119,7 @@ def choose_hidden(
         batch_size: B, samples without voxels included.
         config: the mask.
         generator: source of the draw, on any device.
+        places: where the voxels are; block, range_aware and radial need it.
 
     Returns:
         (M,) bool, True = hidden.
@@ -102,6 +127,8 @@ def choose_hidden(
     Raises:
         ConfigError: if the mask needs teacher features and there are none.
     """
+    may_hide = superclass >= 0
+    ratio = config.random_ratio if config.target_ratio is None else config.target_ratio
     match config.kind:
         case "i2mask":
             if features is None:
@@ -110,12 +137,26 @@ def choose_hidden(
                     "name the store in the data settings, or use mask.kind=random."
                 )
             statistics = class_statistics(features, superclass, sample, batch_size, config)
-            ratio = class_ratios(statistics, config)
-            return draw(hidden_counts(statistics.size, ratio), superclass, sample, generator)
+            counts = _counts(statistics.size, class_ratios(statistics, config), config.target_ratio)
+            return draw(counts, superclass, sample, generator)
         case "random":
-            size = segment_count(torch.where(superclass >= 0, sample, batch_size), batch_size + 1)[:-1, None]
-            ratio = torch.full_like(size, config.random_ratio, dtype=torch.float64)
-            return draw(hidden_counts(size, ratio), superclass.clamp(max=0), sample, generator)
+            counts = hidden_counts(_sizes(may_hide, sample, batch_size), torch.tensor(ratio, dtype=torch.float64))
+            return draw(counts[:, None], superclass.clamp(max=0), sample, generator)
+        case "range_aware":
+            rings = torch.where(may_hide, range_ring(_known(places), config.range_edges_m), -1)
+            kinds = len(config.range_ratios)
+            cell = torch.where(may_hide, sample * kinds + rings, batch_size * kinds)
+            size = segment_count(cell, batch_size * kinds + 1)[:-1].view(batch_size, kinds)
+            shares = torch.tensor(config.range_ratios, dtype=torch.float64, device=size.device).expand(batch_size, -1)
+            if config.target_ratio is not None:
+                shares = scaled_to(shares, size, config.target_ratio)
+            return draw(_counts(size, shares, config.target_ratio), rings, sample, generator)
+        case "block":
+            order = block_order(_known(places), batch_size, config.block_cells, generator)
+        case "radial":
+            order = radial_order(_known(places), batch_size, config.sectors, generator)
+    counts = hidden_counts(_sizes(may_hide, sample, batch_size), torch.tensor(ratio, dtype=torch.float64))
+    return hide_first(order, torch.where(may_hide, sample, batch_size), counts)
 
 
 def class_statistics(
@@ -214,16 +255,29 @@ def draw(counts: Tensor, superclass: Tensor, sample: Tensor, generator: torch.Ge
     Returns:
         (M,) bool, True = hidden.
     """
-    device = superclass.device
     none = counts.numel()
     cell = torch.where(superclass >= 0, sample * counts.shape[1] + superclass, none)
-    shuffled = torch.rand(len(cell), generator=generator, device=generator.device).to(device).argsort()
-    order = shuffled[cell[shuffled].argsort(stable=True)]
-    size = segment_count(cell, none + 1)
-    rank = torch.arange(len(cell), device=device) - (size.cumsum(0) - size)[cell[order]]
-    limit = F.pad(counts.flatten(), (0, 1))
-    hidden = torch.zeros(len(cell), dtype=torch.bool, device=device)
-    hidden[order] = rank < limit[cell[order]]
+    shuffled = torch.rand(len(cell), generator=generator, device=generator.device).to(superclass.device)
+    return hide_first(shuffled, cell, counts.flatten())
+
+
+def hide_first(order: Tensor, cell: Tensor, counts: Tensor) -> Tensor:
+    """Hides in every cell the members with the smallest keys.
+
+    Args:
+        order: (M,) keys; among equal keys the earlier voxel comes first.
+        cell: (M,) int64, 0..len(counts); voxels of cell ``len(counts)`` are never hidden.
+        counts: (cells,) int64, how many members to hide.
+
+    Returns:
+        (M,) bool, True = hidden.
+    """
+    by_key = order.argsort(stable=True)
+    rows = by_key[cell[by_key].argsort(stable=True)]
+    size = segment_count(cell, len(counts) + 1)
+    rank = torch.arange(len(cell), device=cell.device) - (size.cumsum(0) - size)[cell[rows]]
+    hidden = torch.zeros(len(cell), dtype=torch.bool, device=cell.device)
+    hidden[rows] = rank < F.pad(counts, (0, 1))[cell[rows]]
     return hidden
 
 
@@ -252,6 +306,40 @@ def scaled_to(ratio: Tensor, size: Tensor, target: float) -> Tensor:
         enough = (at(middle) * size).sum(1, keepdim=True) / total >= target
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     return at(high)
+
+
+def matched_counts(size: Tensor, ratio: Tensor, target: float) -> Tensor:
+    """(B, K) int64 numbers to hide that add up to ``floor(target * voxels + 1e-6)`` of every sample.
+
+    What rounding down leaves over goes to the classes that lost most by it, one voxel each.
+
+    Args:
+        size: (B, K) int64 voxels.
+        ratio: (B, K) float64, from `scaled_to` with the same `target`.
+        target: wanted share of hidden voxels.
+    """
+    exact = size * ratio
+    counts = torch.minimum(exact.floor().to(torch.int64), size)
+    missing = hidden_counts(size.sum(1, keepdim=True), torch.tensor(target, dtype=torch.float64)) - counts.sum(1, keepdim=True)
+    # Classes already hidden whole have nothing to give.
+    lost = torch.where(counts < size, exact - counts, -1.0)
+    turn = lost.argsort(dim=1, descending=True, stable=True).argsort(1)
+    return counts + ((turn < missing) & (counts < size))
+
+
+def _counts(size: Tensor, ratio: Tensor, target: float | None) -> Tensor:
+    return hidden_counts(size, ratio) if target is None else matched_counts(size, ratio, target)
+
+
+def _sizes(may_hide: Tensor, sample: Tensor, batch_size: int) -> Tensor:
+    """(B,) int64 voxels of each sample that may be hidden."""
+    return segment_count(torch.where(may_hide, sample, batch_size), batch_size + 1)[:-1]
+
+
+def _known(places: VoxelPlaces | None) -> VoxelPlaces:
+    if places is None:
+        raise ConfigError("mask.kind=block, range_aware and radial need to know where the voxels are: give their places")
+    return places
 
 
 @cache

@@ -18,6 +18,7 @@ from picture3d.models.mae_decoder import LightDecoder, VoxelDecoder
 from picture3d.models.voxel_encoder import EncodedVoxels, VoxelEncoder
 from picture3d.ops.scatter import gather_rows, select_unique_rows
 from picture3d.pretrain.losses import LossConfig, coordinates_loss, features_loss, target_points_m, voxel_centers_m
+from picture3d.pretrain.mask_lab import voxel_places
 from picture3d.pretrain.masking import MaskConfig, choose_hidden
 from picture3d.pretrain.targets import VoxelTargets, voxel_targets
 from picture3d.structures.batch import PointBatch
@@ -55,7 +56,8 @@ def pretrain_step(
     embedded = model.embed(batch)  # points -> voxels, all of them
     coords = embedded.voxels.coords
     targets = voxel_targets(batch, embedded.assignment, mask, generator)  # what the teacher says of each voxel
-    hidden = choose_hidden(targets.features, targets.superclass, coords[:, 0].long(), batch.batch_size, mask, generator)
+    places, sample = voxel_places(coords, model.grid), coords[:, 0].long()
+    hidden = choose_hidden(targets.features, targets.superclass, sample, batch.batch_size, mask, generator, places)
     latent = model.encode(embedded.voxels.select(~hidden))  # the encoder never sees a hidden voxel
     tokens = model.decode(latent, coords, hidden)  # (V, C): hidden voxels, from visible tokens and mask tokens
 
