@@ -123,6 +123,18 @@ def prepare_points(
 
 
 @app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Where data is to be written; its disk is looked at.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+    threads: Threads = 0,
+) -> None:
+    """Versions, devices, threads, a small speed test, free disk, and which optional parts are missing."""
+    from picture3d.commands.doctor import doctor as command
+
+    _show(command(folder=folder, threads=threads, as_json=as_json))
+
+
+@app.command()
 def check(
     folder: Annotated[Path, typer.Argument(help="Prepared frames, or a raw nuScenes root.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
