@@ -44,7 +44,7 @@ from picture3d.structures.points import IntensityUnit, PointCloud
 from picture3d.structures.poses import Pose
 
 SPLITS_FILE = "picture3d_splits.json"
-_PREPARER = "nuscenes/1"  # raise when the same raw data would give other prepared frames
+_PREPARER = "nuscenes/2"  # raise when the same raw data would give other prepared frames
 _MAX_SPLITS_BYTES = 1 << 24
 _MAX_TIME_DIFF_S = 1.5  # a velocity over a longer gap is unknown; twice as much for a central difference
 
@@ -158,6 +158,8 @@ def boxes_in_lidar(sample_token: str, global_from_lidar: Pose, tables: RawTables
         category=tuple(a.category for a in annotations),
         track_id=tuple(a.instance_token for a in annotations),
         num_points=np.array([a.num_lidar_pts for a in annotations], np.int32),
+        num_radar_points=np.array([a.num_radar_pts for a in annotations], np.int32),
+        attribute=tuple(a.attribute for a in annotations),
     )
 
 
@@ -286,6 +288,7 @@ def _fingerprint(sweeps: list[RawSweep], sizes: dict[str, int], samples: list[st
             annotation = tables.annotations[token]
             line = [annotation.translation, annotation.size_wlh, annotation.rotation, annotation.instance_token]
             line += [annotation.category, annotation.prev, annotation.next, annotation.num_lidar_pts]
+            line += [annotation.num_radar_pts, annotation.attribute]
             crc = google_crc32c.extend(crc, json.dumps(line).encode())
     return crc
 

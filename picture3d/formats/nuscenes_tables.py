@@ -63,6 +63,8 @@ class RawAnnotation:
     prev: str  # token of the same object's annotation in the sample before, or ""
     next: str
     num_lidar_pts: int
+    num_radar_pts: int
+    attribute: str  # its name, "" where the object has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,8 @@ def read_tables(root: Path, version: str, *, channel: str = "LIDAR_TOP") -> RawT
     instances = _keyed(folder, "instance", lambda r: _text(r, "category_token"))
     annotations: dict[str, RawAnnotation] = {}
     if (folder / "sample_annotation.json").exists():  # v1.0-test has none
-        annotations = _keyed(folder, "sample_annotation", lambda r: _annotation(r, instances, names))
+        attributes = _keyed(folder, "attribute", lambda r: _text(r, "name"))
+        annotations = _keyed(folder, "sample_annotation", lambda r: _annotation(r, instances, names, attributes))
     of_sample: dict[str, list[str]] = {}
     for token, annotation in annotations.items():
         _follow(samples, annotation.sample_token, "sample_annotation", token, "sample")
@@ -313,12 +316,17 @@ def _pose(row: dict[str, Any]) -> Pose:
     return Pose.from_quaternion(row["rotation"], translation)
 
 
-def _annotation(row: dict[str, Any], instances: dict[str, str], categories: dict[str, str]) -> RawAnnotation:
+def _annotation(
+    row: dict[str, Any], instances: dict[str, str], categories: dict[str, str], attributes: dict[str, str]
+) -> RawAnnotation:
     x, y, z = (float(v) for v in row["translation"])
     width, length, height = (float(v) for v in row["size"])
     qw, qx, qy, qz = (float(v) for v in row["rotation"])
     if not np.isfinite([x, y, z, width, length, height, qw, qx, qy, qz]).all():
         raise ValueError("a number that is not finite")
+    tokens = row["attribute_tokens"]
+    if len(tokens) > 1:
+        raise ValueError(f"{len(tokens)} attributes, an object has one or none")
     return RawAnnotation(
         token=row["token"],
         sample_token=_text(row, "sample_token"),
@@ -330,4 +338,6 @@ def _annotation(row: dict[str, Any], instances: dict[str, str], categories: dict
         prev=_text(row, "prev"),
         next=_text(row, "next"),
         num_lidar_pts=int(row["num_lidar_pts"]),
+        num_radar_pts=int(row["num_radar_pts"]),
+        attribute=attributes[tokens[0]] if tokens else "",
     )

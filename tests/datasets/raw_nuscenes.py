@@ -37,6 +37,7 @@ class RawWorld:
             },
             {"token": "cal-camera", "sensor_token": "camera", "translation": [1.5, 0.0, 1.5], "rotation": [1, 0, 0, 0]},
         ]
+        self.tables["attribute"] = [{"token": "att-moving", "name": "vehicle.moving"}]
         self.tables["category"] = [{"token": "cat-car", "name": "vehicle.car", "index": 17}]
 
     def sweep_points(self, scene: int, number: int) -> np.ndarray:
@@ -106,6 +107,7 @@ class RawWorld:
                     "prev": f"s{scene}-a{k - 1}" if k else "",
                     "next": f"s{scene}-a{k + 1}" if k + 1 < self.keyframes else "",
                     "num_lidar_pts": 11 + k,
-                    "num_radar_pts": 0,
+                    "num_radar_pts": k,
+                    "attribute_tokens": ["att-moving"] if k else [],
                 }
             )

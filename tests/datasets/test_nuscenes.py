@@ -66,6 +66,8 @@ def test_boxes_are_in_the_lidar_frame_with_their_velocity(world, tmp_path):
     assert boxes.category == ("vehicle.car",)
     assert boxes.track_id == ("i0",)
     assert boxes.num_points.tolist() == [12]
+    assert boxes.num_radar_points is not None
+    assert (boxes.num_radar_points.tolist(), boxes.attribute) == ([1], ("vehicle.moving",))
 
 
 def velocities(world: RawWorld, out: Path) -> list[np.ndarray]:
