@@ -15,6 +15,7 @@ from picture3d.models.row_norm import RowBatchNorm
 from picture3d.ops.scatter import gather_rows, segment_max, segment_mean
 from picture3d.ops.voxelize import VoxelAssignment, assign_voxels
 from picture3d.structures.batch import PointBatch
+from picture3d.structures.cylinder import CylinderGrid
 from picture3d.structures.voxels import SparseVoxels, VoxelGrid
 
 
@@ -52,6 +53,8 @@ class VoxelEncoder(nn.Module):
             raise ConfigError(f"voxel encoder: channels must be even and at least 2, got {channels}")
         if in_features < 0:
             raise ConfigError(f"voxel encoder: in_features must be 0 or more, got {in_features}")
+        if isinstance(grid, CylinderGrid):
+            raise ConfigError("voxel encoder: made for cells of x, y, z; a cylinder grid needs the cylinder encoder")
         self.grid, self.pillars, self.in_features = grid, pillars, in_features
         x_cells, y_cells, z_cells = grid.shape
         self.grid_shape = (x_cells, y_cells, 1 if pillars else z_cells)

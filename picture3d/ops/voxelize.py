@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from picture3d.ops.cylinder import cylinder_cells
+from picture3d.structures.cylinder import CylinderGrid
 from picture3d.structures.voxels import VoxelGrid
 
 
@@ -35,18 +37,22 @@ def assign_voxels(
         xyz: (N, 3) metres, in the frame of `grid`.
         sample: (N,) int64, which frame of the batch a point belongs to.
         batch_size: number of frames.
-        grid: range and cell size.
-        per_pillar: the grid is one cell high and the height of a point, even a point above the range, is not looked at.
+        grid: range and cell size; in a cylinder grid x, y, z of `coords` are radius, angle, height.
+        per_pillar: not for a cylinder grid: the grid is one cell high and the height of a point, even a point above the
+            range, is not looked at.
 
     Source: point encoders of DSVT ("Dynamic Sparse Voxel Transformer", Wang et al., CVPR 2023).
     """
     x_cells, y_cells, z_cells = grid.shape
-    low = torch.tensor(grid.range_min, dtype=torch.float32, device=xyz.device)
-    size = torch.tensor(grid.voxel_size, dtype=torch.float32, device=xyz.device)
-    cells = torch.tensor(grid.shape, dtype=torch.float32, device=xyz.device)
-    axes = 2 if per_pillar else 3
-    index = torch.floor((xyz[:, :axes].float() - low[:axes]) / size[:axes])
-    inside = ((index >= 0) & (index < cells[:axes])).all(1)  # comparisons with NaN are false
+    if isinstance(grid, CylinderGrid):
+        index, inside = cylinder_cells(xyz, grid)
+    else:
+        low = torch.tensor(grid.range_min, dtype=torch.float32, device=xyz.device)
+        size = torch.tensor(grid.voxel_size, dtype=torch.float32, device=xyz.device)
+        cells = torch.tensor(grid.shape, dtype=torch.float32, device=xyz.device)
+        axes = 2 if per_pillar else 3
+        index = torch.floor((xyz[:, :axes].float() - low[:axes]) / size[:axes])
+        inside = ((index >= 0) & (index < cells[:axes])).all(1)  # comparisons with NaN are false
     point_index = inside.nonzero().squeeze(1)
     index = index.index_select(0, point_index).to(torch.int64)
     key = (sample.index_select(0, point_index) * x_cells + index[:, 0]) * y_cells + index[:, 1]

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from picture3d.config import FrozenConfig
 from picture3d.ops.chamfer import chamfer
+from picture3d.ops.cylinder import cylinder_centers_m
 from picture3d.ops.scatter import segment_count
 from picture3d.ops.voxelize import VoxelAssignment
+from picture3d.structures.cylinder import CylinderGrid
 from picture3d.structures.voxels import VoxelGrid
 
 
@@ -25,6 +27,8 @@ class LossConfig(FrozenConfig):
 
 def voxel_centers_m(coords: Tensor, grid: VoxelGrid) -> Tensor:
     """(V, 3) float32 centres, in metres, of the cells (V, 4) `coords` (batch, x, y, z)."""
+    if isinstance(grid, CylinderGrid):
+        return cylinder_centers_m(coords[:, 1:], grid)
     low = torch.tensor(grid.range_min, dtype=torch.float32, device=coords.device)
     size = torch.tensor(grid.voxel_size, dtype=torch.float32, device=coords.device)
     return (coords[:, 1:].float() + 0.5) * size + low

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from picture3d.ops.cylinder import polar_centers
+from picture3d.structures.cylinder import CylinderGrid
 from picture3d.structures.voxels import VoxelGrid
 
 
@@ -31,6 +33,9 @@ class VoxelPlaces:
 
 def voxel_places(coords: Tensor, grid: VoxelGrid) -> VoxelPlaces:
     """The places of (M, 4) `coords` (batch, x, y, z) in `grid`."""
+    if isinstance(grid, CylinderGrid):
+        polar = polar_centers(coords[:, 1:], grid)
+        return VoxelPlaces(coords, grid.shape, polar[:, 0], polar[:, 1])
     low = torch.tensor(grid.range_min[:2], dtype=torch.float32, device=coords.device)
     size = torch.tensor(grid.voxel_size[:2], dtype=torch.float32, device=coords.device)
     centre = (coords[:, 1:3].float() + 0.5) * size + low
@@ -40,7 +45,7 @@ def voxel_places(coords: Tensor, grid: VoxelGrid) -> VoxelPlaces:
 def range_ring(places: VoxelPlaces, edges_m: tuple[float, ...]) -> Tensor:
     """(M,) int64 ring of each voxel: 0 up to the first edge, ``len(edges_m)`` beyond the last."""
     edges = torch.tensor(edges_m, dtype=torch.float32, device=places.range_m.device)
-    return torch.bucketize(places.range_m, edges)
+    return torch.bucketize(places.range_m.contiguous(), edges)
 
 
 def block_order(places: VoxelPlaces, batch_size: int, block_cells: int, generator: torch.Generator) -> Tensor:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from picture3d.errors import ConfigError
+from picture3d.models.cylinder_encoder import point_encoder
 from picture3d.models.dsvt import Dsvt, DsvtConfig, DsvtOutput
 from picture3d.models.mae_decoder import LightDecoder, VoxelDecoder
-from picture3d.models.voxel_encoder import EncodedVoxels, VoxelEncoder
+from picture3d.models.voxel_encoder import EncodedVoxels
 from picture3d.ops.scatter import gather_rows, select_unique_rows
 from picture3d.pretrain.losses import LossConfig, coordinates_loss, features_loss, target_points_m, voxel_centers_m
 from picture3d.pretrain.mask_lab import voxel_places
@@ -111,7 +112,7 @@ class Picture(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.vfe = VoxelEncoder(in_features, backbone.channels, grid, pillars, momentum=backbone.point_norm_momentum)
+        self.vfe = point_encoder(in_features, backbone.channels, grid, pillars, momentum=backbone.point_norm_momentum)
         shape = self.vfe.grid_shape
         self.backbone_3d = Dsvt(backbone, shape)
         self.backbone_2d = (

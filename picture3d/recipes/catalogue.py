@@ -9,8 +9,9 @@ from typing import TypeVar
 from picture3d.config import nearest
 from picture3d.errors import ConfigError
 from picture3d.recipes import pretraining, segmentation
-from picture3d.recipes.configs import GridConfig, PretrainConfig, SegmentationConfig
+from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
 from picture3d.recipes.town import town_encoder
+from picture3d.structures.cylinder import cylinder_cell_size
 
 _Config = TypeVar("_Config", PretrainConfig, SegmentationConfig)
 _Recipe = TypeVar("_Recipe")
@@ -22,6 +23,7 @@ PRETRAINING: dict[str, Callable[[Path], PretrainConfig]] = {
     "waymo-picture-20": pretraining.waymo_picture_20,
     "nuscenes-picture": pretraining.nuscenes_picture,
     "nuscenes-pillar-picture": pretraining.nuscenes_pillar_picture,
+    "nuscenes-cylinder-picture": pretraining.nuscenes_cylinder_picture,
 }
 SEGMENTATION: dict[str, Callable[[Path], SegmentationConfig]] = {
     "town-segmentation": segmentation.town_segmentation,
@@ -62,7 +64,10 @@ def tiny(config: _Config) -> _Config:
     if config.grid.pillars:
         voxel, windows, strides = ((high[0] - low[0]) / 120, (high[1] - low[1]) / 120, high[2] - low[2]), ((12, 12, 1),), ()
     else:
-        voxel = ((high[0] - low[0]) / 120, (high[1] - low[1]) / 120, (high[2] - low[2]) / 8)
+        if config.grid.cylinder:
+            voxel = cylinder_cell_size(low, high, (120, 120, 8))
+        else:
+            voxel = ((high[0] - low[0]) / 120, (high[1] - low[1]) / 120, (high[2] - low[2]) / 8)
         windows, strides = ((12, 12, 8), (12, 12, 1)), ((1, 1, 8),)
     stages = len(windows)
     encoder = town_encoder().model_copy(
@@ -78,7 +83,7 @@ def tiny(config: _Config) -> _Config:
     training = config.training.model_copy(
         update={"epochs": None, "max_steps": 2, "batch_size": 1, "accumulate": 1, "precision": "float32"}
     )
-    grid = GridConfig(range_min=low, range_max=high, voxel_size=voxel, pillars=config.grid.pillars)
+    grid = config.grid.model_copy(update={"voxel_size": voxel})
     return config.model_copy(update={"grid": grid, "encoder": encoder, "training": training, "workers": 0})
 
 

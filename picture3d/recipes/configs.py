@@ -12,6 +12,7 @@ from picture3d.datasets.samples import DataConfig
 from picture3d.models.dsvt_config import DsvtConfig
 from picture3d.pretrain.losses import LossConfig
 from picture3d.pretrain.masking import MaskConfig
+from picture3d.structures.cylinder import CylinderGrid
 from picture3d.structures.voxels import VoxelGrid
 from picture3d.tasks.segmentation import SegmentationTaskConfig
 from picture3d.training.loop import TrainingConfig
@@ -26,9 +27,14 @@ class GridConfig(FrozenConfig):
     range_max: Metres = Field(description="upper corner, metres x y z")
     voxel_size: Metres = Field(description="cell size, metres x y z")
     pillars: bool = Field(default=False, description="one cell per column, whatever the height of a point")
+    cylinder: bool = Field(
+        default=False, description="cells of radius, angle, height: all three triples are metres, radians, metres"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.pillars and self.cylinder:
+            raise ValueError("a cylinder grid has no pillars: set one of grid.pillars and grid.cylinder to false")
         if self.pillars and self.grid.shape[2] != 1:
             raise ValueError(
                 f"pillars need one cell along z: set voxel_size z to {self.range_max[2] - self.range_min[2]:g}, "
@@ -39,6 +45,8 @@ class GridConfig(FrozenConfig):
     @property
     def grid(self) -> VoxelGrid:
         """The same as a value of the networks' language."""
+        if self.cylinder:
+            return CylinderGrid(self.range_min, self.range_max, self.voxel_size)
         return VoxelGrid(self.range_min, self.range_max, self.voxel_size)
 
 
@@ -113,6 +121,10 @@ class SegmentationConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.grid.cylinder:
+            raise ValueError(
+                "grid.cylinder=true is for pre-training; the segmentation network reads cells of x, y, z: set it false"
+            )
         self.encoder.stage_shapes(self.grid.grid.shape)
         return self
 

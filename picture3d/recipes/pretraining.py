@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from picture3d.datasets.samples import DataConfig
-from picture3d.models.dsvt_config import nuscenes_pillar_256, nuscenes_voxel_256, waymo_voxel_192
+from picture3d.models.dsvt_config import nuscenes_cylinder_128, nuscenes_pillar_256, nuscenes_voxel_256, waymo_voxel_192
 from picture3d.pretrain.losses import LossConfig
 from picture3d.pretrain.masking import MaskConfig
 from picture3d.recipes.configs import GridConfig, PretrainConfig
 from picture3d.recipes.town import TOWN_GRID, town_encoder
+from picture3d.structures.cylinder import cylinder_cell_size
 from picture3d.training.loop import TrainingConfig
 from picture3d.training.optim import OptimConfig
 
@@ -18,6 +20,15 @@ NUSCENES_GRID = GridConfig(range_min=(-51.2, -51.2, -5.0), range_max=(51.2, 51.2
 # +-54 m and not the published +-51.2: 108 m in cells of 0.3 m are the 360 cells that every other number there assumes.
 NUSCENES_PILLAR_GRID = GridConfig(
     range_min=(-54.0, -54.0, -5.0), range_max=(54.0, 54.0, 3.0), voxel_size=(0.3, 0.3, 8.0), pillars=True
+)
+
+# Height as the original Cylinder3D has it on nuScenes; the published configuration carries SemanticKITTI's -4..2 m.
+_CYLINDER_RANGE = ((0.0, -math.pi, -5.0), (50.0, math.pi, 3.0))
+NUSCENES_CYLINDER_GRID = GridConfig(
+    range_min=_CYLINDER_RANGE[0],
+    range_max=_CYLINDER_RANGE[1],
+    voxel_size=cylinder_cell_size(*_CYLINDER_RANGE, (480, 360, 32)),
+    cylinder=True,
 )
 
 
@@ -99,6 +110,27 @@ def nuscenes_pillar_picture(data: Path) -> PretrainConfig:
         data=_nuscenes_data(data, NUSCENES_PILLAR_GRID),
         grid=NUSCENES_PILLAR_GRID,
         encoder=nuscenes_pillar_256(),
+        training=_nuscenes_training(),
+        workers=4,
+    )
+
+
+def nuscenes_cylinder_picture(data: Path) -> PretrainConfig:
+    """PICTURE for the cylinder encoder of nuScenes segmentation: 480 x 360 x 32 cells, width 128, single sweeps."""
+    reach = NUSCENES_CYLINDER_GRID.range_max[0]
+    low, high = NUSCENES_CYLINDER_GRID.range_min[2], NUSCENES_CYLINDER_GRID.range_max[2]
+    return PretrainConfig(
+        recipe="nuscenes-cylinder-picture",
+        data=DataConfig(
+            root=data,
+            features=("intensity",),
+            intensity_scale="raw",
+            range_min=(-reach, -reach, low),
+            range_max=(reach, reach, high),
+            labels=False,
+        ),
+        grid=NUSCENES_CYLINDER_GRID,
+        encoder=nuscenes_cylinder_128(),
         training=_nuscenes_training(),
         workers=4,
     )
