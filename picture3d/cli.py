@@ -122,6 +122,19 @@ def prepare_points(
     )
 
 
+@prepare_app.command("semantickitti")
+def prepare_semantickitti(
+    raw: Annotated[Path, typer.Argument(help="Folder that holds sequences/NN/velodyne, labels, poses.txt, calib.txt.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the prepared frames.")],
+    sweeps: Annotated[int, typer.Option(min=0, help="Earlier scans linked to each, where there are poses.")] = 9,
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out files that are not on disk.")] = False,
+) -> None:
+    """Prepare SemanticKITTI: scans, poses of the LiDAR, labels and instances; official split."""
+    from picture3d.commands.prepare import prepare_semantickitti as command
+
+    _show(command(raw, out, sweeps=sweeps, skip_missing=skip_missing))
+
+
 @app.command()
 def doctor(
     folder: Annotated[Path, typer.Option(help="Where data is to be written; its disk is looked at.")] = Path(),

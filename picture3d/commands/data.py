@@ -45,7 +45,7 @@ def prepare_nuscenes(raw: Path, out: Path, *, version: str, sweeps: int, skip_mi
 
     with Progress("prepare", unit="frames") as progress:
         summary = prepare(raw, out, version=version, sweeps=sweeps, skip_missing=skip_missing, progress=progress)
-    return _prepared(summary)
+    return prepared_line(summary)
 
 
 def prepare_points(
@@ -76,7 +76,7 @@ def prepare_points(
             name=name,
             progress=progress,
         )
-    return _prepared(summary)
+    return prepared_line(summary)
 
 
 def targets(
@@ -99,7 +99,8 @@ def targets(
     )
 
 
-def _prepared(summary: PreparedSummary) -> str:
+def prepared_line(summary: PreparedSummary) -> str:
+    """What to tell the user of a finished preparation."""
     parts = [
         f"{summary.root}: {summary.logs} logs ({summary.logs_made} made now)",
         f"{summary.frames} sweeps, {summary.keyframes} keyframes, {summary.labelled} of them labelled",

@@ -38,7 +38,7 @@ def label_set(name: str) -> LabelSet:
     Raises:
         DataError: naming the nearest one, if there is none.
     """
-    known = {found.name: found for found in (_nuscenes_32(), _nuscenes_16(), _plain())}
+    known = {found.name: found for found in (_nuscenes_32(), _nuscenes_16(), _semantickitti(), _plain())}
     if name not in known:
         guess = nearest(name, known)
         hint = f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(known)}."
@@ -88,6 +88,51 @@ def _nuscenes_16() -> LabelSet:
     return LabelSet("nuscenes-16", _NUSCENES_TRAIN_NAMES, _NUSCENES_TRAIN_NAMES, _frozen(table))
 
 
+# Raw SemanticKITTI id -> name and class of the single-scan benchmark (`learning_map` of the official configuration), in order
+# of the ids. They go up to 259: a label byte holds the position in this table.
+_SEMANTICKITTI = {
+    0: ("unlabeled", 0), 1: ("outlier", 0), 10: ("car", 1), 11: ("bicycle", 2), 13: ("bus", 5), 15: ("motorcycle", 3),
+    16: ("on-rails", 5), 18: ("truck", 4), 20: ("other-vehicle", 5), 30: ("person", 6), 31: ("bicyclist", 7),
+    32: ("motorcyclist", 8), 40: ("road", 9), 44: ("parking", 10), 48: ("sidewalk", 11), 49: ("other-ground", 12),
+    50: ("building", 13), 51: ("fence", 14), 52: ("other-structure", 0), 60: ("lane-marking", 9), 70: ("vegetation", 15),
+    71: ("trunk", 16), 72: ("terrain", 17), 80: ("pole", 18), 81: ("traffic-sign", 19), 99: ("other-object", 0),
+    252: ("moving-car", 1), 253: ("moving-bicyclist", 7), 254: ("moving-person", 6), 255: ("moving-motorcyclist", 8),
+    256: ("moving-on-rails", 5), 257: ("moving-bus", 5), 258: ("moving-truck", 4), 259: ("moving-other-vehicle", 5),
+}  # fmt: skip
+SEMANTICKITTI_IDS = tuple(_SEMANTICKITTI)
+
+_SEMANTICKITTI_TRAIN_NAMES = (
+    "ignored",
+    "car",
+    "bicycle",
+    "motorcycle",
+    "truck",
+    "other-vehicle",
+    "person",
+    "bicyclist",
+    "motorcyclist",
+    "road",
+    "parking",
+    "sidewalk",
+    "other-ground",
+    "building",
+    "fence",
+    "vegetation",
+    "trunk",
+    "terrain",
+    "pole",
+    "traffic-sign",
+)
+
+
+@cache
+def _semantickitti() -> LabelSet:
+    table = np.zeros(256, np.uint8)
+    table[: len(_SEMANTICKITTI)] = [train for _, train in _SEMANTICKITTI.values()]
+    names = tuple(name for name, _ in _SEMANTICKITTI.values())
+    return LabelSet("semantickitti", names, _SEMANTICKITTI_TRAIN_NAMES, _frozen(table))
+
+
 @cache
 def _plain() -> LabelSet:
     names = ("ignored", *(f"class_{i}" for i in range(1, 256)))
@@ -101,3 +146,4 @@ def _frozen(table: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 NUSCENES_32 = _nuscenes_32()
 NUSCENES_16 = _nuscenes_16()
+SEMANTICKITTI = _semantickitti()

@@ -1,0 +1,125 @@
+"""What all preparations share: log by log, a finished log is kept, and the dataset counts as whole only at the very end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from picture3d.datasets.prepared import (
+    LogHeader,
+    LogSummary,
+    LogWriter,
+    PreparedSummary,
+    finished_log,
+    log_path,
+    open_for_writing,
+    summarise,
+    write_dataset,
+)
+from picture3d.errors import DataError
+from picture3d.formats.columns import PLANES, Codec
+from picture3d.structures.frame import Frame
+from picture3d.structures.points import PointCloud
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LogPlan:
+    """What one log will hold; nothing of it is read before `frames` is asked for."""
+
+    header: LogHeader
+    count: int  # frames
+    frames: Callable[[], Iterator[tuple[Frame, int]]]  # each with the number of points it lost because they were not finite
+
+
+def write_logs(
+    out: Path,
+    plans: Sequence[LogPlan],
+    *,
+    name: str,
+    label_set_name: str | None,
+    splits: Mapping[str, Sequence[str]],
+    missing_files: int = 0,
+    xyz_codec: Codec = PLANES,
+    progress: Progress | None = None,
+) -> PreparedSummary:
+    """Makes the logs that an earlier run did not finish, one frame in memory at a time, then ``dataset.json``.
+
+    Raises:
+        DataError: from reading the raw files, or if the folder cannot be written.
+    """
+    total = sum(plan.count for plan in plans)
+    done = dropped = made = 0
+    logs: dict[str, LogSummary] = {}
+    open_for_writing(out)
+    for plan in plans:
+        log = plan.header.log
+        summary = finished_log(out, plan.header)
+        if summary is None:
+            with LogWriter(log_path(out, log), plan.header, xyz_codec=xyz_codec) as writer:
+                for index, (frame, lost) in enumerate(plan.frames()):
+                    writer.add(frame)
+                    dropped += lost
+                    if progress is not None:
+                        progress(done + index + 1, total)
+            summary = writer.finished
+            made += 1
+        logs[log] = summary
+        done += plan.count
+        if progress is not None:
+            progress(done, total)
+    write_dataset(out, name=name, label_set_name=label_set_name, splits=splits, logs=logs)
+    return summarise(out, logs, logs_made=made, missing_files=missing_files, dropped_points=dropped)
+
+
+def refuse_missing(raw: Path, missing: Sequence[Path], *, skip_missing: bool) -> None:
+    """Refuses a partial download unless it is wanted.
+
+    Raises:
+        DataError: with the number of missing files and the first of them.
+    """
+    if missing and not skip_missing:
+        raise DataError(
+            f"{raw}: {len(missing)} files that belong to the dataset are not on disk, the first is {missing[0]}. "
+            "Download the archives that hold them, or pass --skip-missing to leave these out."
+        )
+
+
+def check_clock(times: Sequence[int] | NDArray[np.int64], where: object, unit: str = "us") -> None:
+    """Sweeps of a log come one after the other.
+
+    Raises:
+        DataError: naming the first sweep whose time is that of the one before it, or earlier.
+    """
+    steps = np.diff(np.asarray(times, np.int64))
+    wrong = np.flatnonzero(steps <= 0)
+    if len(wrong):
+        at = int(wrong[0]) + 1
+        what = "is the time of the sweep before it too" if steps[at - 1] == 0 else "lies before that of the sweep before it"
+        raise DataError(f"{where}: the time of sweep {at}, {times[at]} {unit}, {what}. Times of a log must grow.")
+
+
+def previous_sweeps(index: int, sweeps: int) -> tuple[int, ...]:
+    """Indices of the `sweeps` frames before frame `index`, newest first."""
+    return tuple(range(index - 1, max(-1, index - 1 - sweeps), -1))
+
+
+def finite_points(points: PointCloud) -> tuple[NDArray[np.bool_], int]:
+    """(N,) which points have finite coordinates and intensity, and how many do not."""
+    finite = np.isfinite(points.xyz).all(axis=1) & np.isfinite(points.intensity)
+    return finite, len(points) - int(np.count_nonzero(finite))
+
+
+def checksum(lines: Iterable[object]) -> int:
+    """CRC-32C of values that JSON can hold: what a log is made from, so that a change makes it anew."""
+    crc = 0
+    for line in lines:
+        crc = google_crc32c.extend(crc, json.dumps(line).encode())
+    return crc
