@@ -38,7 +38,7 @@ def scene(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def walk(boxes: Tensor, scores: Tensor) -> list[int]:
     """From the best box to the worst, each that stays throws out what it covers."""
-    iou = bev_iou(boxes, boxes, corner_tolerance=1e-5)
+    iou = bev_iou(boxes, boxes)
     gone = torch.zeros(len(boxes), dtype=torch.bool)
     kept = []
     for best in torch.argsort(scores, descending=True, stable=True).tolist():

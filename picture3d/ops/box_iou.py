@@ -7,7 +7,8 @@ can meet, not the product of the two counts.
 
 `corner_tolerance` is part of the public CUDA kernels: a corner counts as inside up to so far outside of a side. They use
 1e-2 m for 3-D overlaps (`PUBLISHED_TOLERANCE_3D`; boxes with a gap below a centimetre still overlap slightly) and 1e-5 m for
-suppression (`PUBLISHED_TOLERANCE_BEV`). 0 is the true geometry.
+suppression (`PUBLISHED_TOLERANCE_BEV`). 0, the default, is the true geometry: the area is then an integral over the sides of
+one box inside of the other, which needs no corners, no sorting and a fifth of the time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 PUBLISHED_TOLERANCE_3D = 1e-2
 PUBLISHED_TOLERANCE_BEV = 1e-5
-_PAIRS_AT_ONCE = 1 << 16
+_PAIRS_AT_ONCE = 1 << 12  # intermediate values stay in cache
 _CELLS_AT_ONCE = 1 << 22
 
 
@@ -87,7 +88,7 @@ def rotated_nms(
     *,
     pre_max: int | None = None,
     post_max: int | None = None,
-    corner_tolerance: float = PUBLISHED_TOLERANCE_BEV,
+    corner_tolerance: float = 0.0,
 ) -> Tensor:
     """(K,) int64 rows that stay, best first: a box goes if a better one that stays covers it by more than `threshold` IoU.
 
@@ -227,11 +228,42 @@ def _overlap_of_pairs(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
     origin = a[:, :2]
     a = torch.cat([a[:, :2] - origin, a[:, 2:]], 1)
     b = torch.cat([b[:, :2] - origin, b[:, 2:]], 1)
+    if tolerance == 0.0:
+        return _shared_area(a, b)
     corners_a, corners_b = bev_corners(a), bev_corners(b)
     crossings, crossed = _crossings(corners_a, corners_b)
     points = torch.cat([crossings, corners_a, corners_b], 1)  # (P, 24, 2)
     valid = torch.cat([crossed, _inside(corners_a, b, tolerance), _inside(corners_b, a, tolerance)], 1)
     return _polygon_area(points, valid)
+
+
+def _shared_area(a: Tensor, b: Tensor) -> Tensor:
+    """(P,) m² of boxes b inside of boxes a: in a's own axes, the integral of y dx along the sides of b, cut to a's range.
+
+    Above and below a's range a side counts with a's border, to its left and right not at all; what b's upper and lower sides
+    have in common cancels, and the area of the part inside is left.
+    """
+    cos, sin = torch.cos(a[:, 6, None]), torch.sin(a[:, 6, None])
+    corners = bev_corners(b) - a[:, None, :2]
+    x = corners[..., 0] * cos + corners[..., 1] * sin
+    y = corners[..., 1] * cos - corners[..., 0] * sin
+    w, h = a[:, 3, None] / 2, a[:, 4, None] / 2
+    dx, dy = x.roll(-1, 1) - x, y.roll(-1, 1) - y
+    start, end = torch.maximum(torch.minimum(x, w), -w), torch.maximum(torch.minimum(x.roll(-1, 1), w), -w)
+    slope = dy / torch.where(dx == 0, torch.ones_like(dx), dx)  # a side without dx has start == end and counts nothing
+    low, high = y + (start - x) * slope, y + (end - x) * slope
+    rise = high - low
+    level = rise.abs() < 1e-7
+    middle = torch.maximum(torch.minimum((low + high) / 2, h), -h)
+    height = (_clamped_integral(high, h) - _clamped_integral(low, h)) / torch.where(level, torch.ones_like(rise), rise)
+    # Corners run counter-clockwise, so the integral has the other sign.
+    return -((end - start) * torch.where(level, middle, height)).sum(1).clamp(max=0)
+
+
+def _clamped_integral(y: Tensor, h: Tensor) -> Tensor:
+    """The integral from 0 to y of a value clamped to [-h, h]."""
+    beyond = (y.abs() - h).clamp(min=0)
+    return (y.square() - beyond.square()) / 2
 
 
 def _crossings(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from picture3d.ops.box_iou import (
     PUBLISHED_TOLERANCE_3D,
+    PUBLISHED_TOLERANCE_BEV,
     bev_iou,
     bev_overlap,
     diou_axis_aligned,
@@ -72,8 +73,9 @@ def test_golden_overlaps_and_suppression(path):
     agree(iou_3d(a, b, corner_tolerance=PUBLISHED_TOLERANCE_3D), "iou3d")
     agree(iou_3d_paired(a[: len(b)], b, corner_tolerance=PUBLISHED_TOLERANCE_3D), "paired_iou3d")
     agree(diou_axis_aligned(a[: len(b)], b), "diou_axis_aligned")
-    kept = rotated_nms(a, torch.from_numpy(golden["scores"]), 0.2)
-    assert kept.tolist() == golden["nms_0p2"].tolist()
+    scores = torch.from_numpy(golden["scores"])
+    kept = rotated_nms(a, scores, 0.2, corner_tolerance=PUBLISHED_TOLERANCE_BEV)
+    assert kept.tolist() == golden["nms_0p2"].tolist() == rotated_nms(a, scores, 0.2).tolist()
 
 
 def test_overlap_by_hand():
@@ -101,6 +103,18 @@ def test_heights_that_do_not_meet_share_no_volume():
     a = torch.tensor([box(), box()], dtype=torch.float64)
     b = torch.tensor([box(z=1.0), box(z=1.6)], dtype=torch.float64)
     torch.testing.assert_close(iou_3d_paired(a, b), torch.tensor([0.5 / 2.5, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_published_procedure_tends_to_the_true_area_as_its_tolerance_does_to_0(seed):
+    a, b = some_boxes(17, seed), some_boxes(13, 100 + seed)
+    torch.testing.assert_close(bev_overlap(a, b, corner_tolerance=1e-12), bev_overlap(a, b), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("yaw", [0.0, 1e-9, 1e-8, 1e-7, 1e-5, math.pi / 2 - 1e-8, math.pi / 2, math.pi])
+def test_sides_that_are_almost_level_or_upright_keep_their_digits(yaw):
+    a, b = torch.tensor([box()], dtype=torch.float64), torch.tensor([box(x=1.0, y=0.25, yaw=yaw)], dtype=torch.float64)
+    torch.testing.assert_close(bev_overlap(a, b)[0, 0].item(), clipped_area(a[0].numpy(), b[0].numpy()), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -138,7 +152,7 @@ def test_many_boxes_are_handled_slab_by_slab(monkeypatch):
 
 def walked_nms(boxes: Tensor, scores: Tensor, threshold: float) -> list[int]:
     """The definition: from the best to the worst, each box that stays throws out what it covers."""
-    iou = bev_iou(boxes, boxes, corner_tolerance=1e-5)
+    iou = bev_iou(boxes, boxes)
     left = torch.argsort(scores, descending=True, stable=True).tolist()
     kept: list[int] = []
     while left:
