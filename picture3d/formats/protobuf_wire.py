@@ -1,8 +1,8 @@
 """The protobuf wire format: tagged fields of a message, read and written by field number, without generated code.
 
 A message is a row of fields; each is a varint key ``number << 3 | wire type`` and a value (protobuf.dev, "Encoding"). Wire
-types: 0 varint, 1 eight bytes, 2 length and bytes, 5 four bytes. Nothing is copied while reading: values of type 2 are slices of
-the buffer, and every offset in a message or an error counts from the start of the buffer first given.
+types: 0 varint, 1 eight bytes, 2 length and bytes, 5 four bytes. Nothing is copied while reading: values of type 2 are slices
+of the buffer, and every offset in a message or an error counts from the start of the buffer first given.
 """
 
 from __future__ import annotations
