@@ -13,7 +13,7 @@ HEAVY = ("torch", "numpy", "pydantic", "PIL", "safetensors", "picture3d.config",
 COMMANDS = [
     ["synth"], ["prepare"], ["prepare", "nuscenes"], ["prepare", "points"], ["targets"], ["pretrain"], ["finetune"],
     ["finetune", "segmentation"], ["evaluate"], ["probe"], ["report"], ["recipes"], ["tensorboard"], ["demo"],
-    ["check"], ["data"], ["data", "info"], ["doctor"],
+    ["check"], ["data"], ["data", "info"], ["doctor"], ["prepare", "semantickitti"],
     ["weights"], ["weights", "show"], ["weights", "import"], ["weights", "export"],
 ]  # fmt: skip
 
