@@ -21,11 +21,10 @@ from picture3d.ops.kernel_map import build_kernel_map
 from picture3d.ops.sparse_conv import sparse_conv
 from picture3d.training.threads import set_threads
 
-REQUIRED = ("torch", "numpy", "pydantic", "typer", "rich", "safetensors", "google-crc32c", "pillow", "scipy")
+REQUIRED = ("torch", "numpy", "pydantic", "typer", "rich", "safetensors", "google-crc32c", "pillow")
 # package -> what it is for, how to get it
 OPTIONAL = {
     "tensorboard": ("replaying metrics into TensorBoard", "pip install 'picture3d[track]'"),
-    "pyarrow": ("Argoverse 2 and Waymo v2", "pip install 'picture3d[arrow]'"),
 }
 # A second thread may bring little, but if it costs this much, something is wrong with the process or the machine.
 _SLOWER_WITH_THREADS = 1.5
