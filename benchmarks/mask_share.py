@@ -86,7 +86,7 @@ def shares(sweep: Sweep, cells: Tensor, point_cell: Tensor) -> dict[str, list[fl
     )  # fmt: skip
     assignment = assign_voxels(xyz, sample, 1, sweep.grid)
     found: dict[str, list[float]] = {reading: [] for reading in READINGS}
-    found["largest D"] = []
+    found |= {"smallest D": [], "largest D": []}
     for seed in range(SEEDS):
         base = MaskConfig(superclasses="kmeans", min_ratio=0.0)
         targets = voxel_targets(batch, assignment, base, torch.Generator().manual_seed(seed))
@@ -99,7 +99,9 @@ def shares(sweep: Sweep, cells: Tensor, point_cell: Tensor) -> dict[str, list[fl
             found[reading].append(100 * float(hidden.sum() / targets.has_features.sum()))
         literal = MaskConfig(intra_class="literal")
         statistics = class_statistics(targets.features, targets.superclass, voxel_sample, 1, literal)
-        found["largest D"].append(float(statistics.dispersion.max()))
+        present = statistics.dispersion[statistics.size > 0]
+        found["smallest D"].append(float(present.min()))
+        found["largest D"].append(float(present.max()))
     return found
 
 
