@@ -27,6 +27,8 @@ app.add_typer(prepare_app, name="prepare")
 app.add_typer(finetune_app, name="finetune")
 data_app = typer.Typer(no_args_is_help=True, help="Look at prepared frames.")
 app.add_typer(data_app, name="data")
+score_app = typer.Typer(no_args_is_help=True, help="Score prediction files of any program by the official metrics.")
+app.add_typer(score_app, name="score")
 
 
 class TeacherName(StrEnum):
@@ -288,6 +290,24 @@ def evaluate(
     from picture3d.commands.score import evaluate as command
 
     _show(command(run, data=data, split=split, as_json=as_json, device=device, threads=threads))
+
+
+@score_app.command("nuscenes-detection")
+def score_nuscenes_detection(
+    results: Annotated[Path, typer.Argument(help="Submission: results_nusc.json.")],
+    labels: Annotated[
+        Path, typer.Option(help="Prepared frames, or a JSON in the submission's layout with num_lidar_pts per box.")
+    ],
+    split: Annotated[str, typer.Option(help="Which split of prepared frames to score.")] = "val",
+    bike_racks: Annotated[
+        bool, typer.Option("--bike-racks/--no-bike-racks", help="Leave out bicycles and motorcycles in bicycle racks.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the official metrics summary instead of a table.")] = False,
+) -> None:
+    """Score nuScenes detections: mAP, NDS and the five errors, as the devkit does."""
+    from picture3d.commands.score_nuscenes import score_nuscenes_detection as command
+
+    _show(command(results, labels=labels, split=split, bike_racks=bike_racks, as_json=as_json))
 
 
 @app.command()

@@ -15,6 +15,7 @@ COMMANDS = [
     ["finetune", "segmentation"], ["evaluate"], ["probe"], ["report"], ["recipes"], ["tensorboard"], ["demo"],
     ["check"], ["data"], ["data", "info"], ["doctor"], ["prepare", "semantickitti"],
     ["weights"], ["weights", "show"], ["weights", "import"], ["weights", "export"],
+    ["score"], ["score", "nuscenes-detection"],
 ]  # fmt: skip
 
 

@@ -14,16 +14,17 @@ Labels may hold boxes named ``static_object.bicycle_rack``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.errors import DataError
 from picture3d.files import whole_file
+from picture3d.formats.json_stream import NestedObject
 
 CLASSES = (
     "car",
@@ -52,8 +53,6 @@ RACK = len(CLASSES)  # the class index of a bicycle rack, in labels only
 MAX_BOXES = 500
 MODALITIES = ("use_camera", "use_lidar", "use_radar", "use_map", "use_external")
 
-_CHUNK = 1 << 20  # characters read at a time
-_MAX_VALUE = 1 << 28  # characters one value (all boxes of a sample) may take
 _CLASS_INDEX = {name: i for i, name in enumerate((*CLASSES, BICYCLE_RACK))}
 _ATTRIBUTE_INDEX = {"": -1, **{name: i for i, name in enumerate(ATTRIBUTES)}}
 
@@ -201,7 +200,7 @@ def _read(path: Path, *, labels: bool) -> tuple[DetectionColumns, dict[str, Any]
     tree: dict[str, Any] = {}
     try:
         with path.open(encoding="utf-8") as file:
-            for keys, value in _Scanner(file, path).entries():
+            for keys, value in NestedObject(file, path, "results").entries():
                 if len(keys) == 2:
                     parts.append(_sample(path, keys[1], value, labels=labels))
                 else:
@@ -292,8 +291,10 @@ def _numbers(path: Path, token: str, boxes: Any, field: str, width: int, *, nan:
     if not len(boxes):
         return np.zeros(shape)
     try:
-        values = np.array([box[field] for box in boxes])
-        if values.shape == shape and values.dtype.kind in "fiu":
+        column = [box[field] for box in boxes]
+        values = np.array(column)
+        # Among numbers a lone true would pass for 1.
+        if values.shape == shape and values.dtype.kind in "fiu" and (width or bool not in map(type, column)):
             values = values.astype(np.float64)
             usable = np.nan_to_num(values, nan=0.0 if nan else np.inf, posinf=np.inf, neginf=-np.inf)
             _refuse(path, token, field, ~finite_rows(usable), "is not finite")
@@ -330,83 +331,6 @@ def finite_rows(values: NDArray[np.float64]) -> NDArray[np.bool_]:
 def _refuse(path: Path, token: str, field: str, bad: NDArray[np.bool_], what: str) -> None:
     if bad.any():
         raise DataError(f"{path}: sample {token}: box {int(bad.argmax())}: {field} {what}. Remove or mend the box.")
-
-
-class _Scanner:
-    """Walks a JSON object: yields ((key,), value), and inside "results" ((results, sample), boxes); then ((results,), None)."""
-
-    def __init__(self, file: TextIO, path: Path) -> None:
-        self._file, self._path = file, path
-        self._text, self._at, self._passed = "", 0, 0
-        self._decoder = json.JSONDecoder()
-
-    def entries(self) -> Iterator[tuple[tuple[str, ...], Any]]:
-        for key in self._keys():
-            if key != "results":
-                yield (key,), self._value()
-                continue
-            for token in self._keys():
-                yield (key, token), self._value()
-            yield (key,), None
-        if self._peek():
-            raise self._damaged("text after the end of the object")
-
-    def _keys(self) -> Iterator[str]:
-        self._expect("{")
-        if self._peek() == "}":
-            self._at += 1
-            return
-        while True:
-            key = self._value()
-            if not isinstance(key, str):
-                raise self._damaged("a key is not a string")
-            self._expect(":")
-            yield key
-            if self._peek() == "}":
-                self._at += 1
-                return
-            self._expect(",")
-
-    def _value(self) -> Any:
-        self._peek()
-        while True:
-            try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
-                # A number may go on in the next chunk; everything else ends with a character of its own.
-                if end < len(self._text) or not self._more():
-                    self._at = end
-                    return value
-            except ValueError as error:
-                if len(self._text) - self._at > _MAX_VALUE or not self._more():
-                    raise self._damaged(str(error)) from None
-            except RecursionError:
-                raise self._damaged("nested too deep") from None
-
-    def _expect(self, sign: str) -> None:
-        if self._peek() != sign:
-            raise self._damaged(f"expected {sign!r}, found {self._peek()!r}")
-        self._at += 1
-
-    def _peek(self) -> str:
-        while True:
-            while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
-                self._at += 1
-            if self._at < len(self._text):
-                return self._text[self._at]
-            if not self._more():
-                return ""
-
-    def _more(self) -> bool:
-        # At least doubles what is held, so a long value is not decoded again for every chunk.
-        chunk = self._file.read(max(_CHUNK, len(self._text) - self._at))
-        self._passed += self._at
-        self._text, self._at = self._text[self._at :] + chunk, 0
-        return bool(chunk)
-
-    def _damaged(self, why: str) -> DataError:
-        return DataError(
-            f"{self._path}: not JSON near character {self._passed + self._at} ({why}). Damaged or cut off; write it again."
-        )
 
 
 def rotation_of_yaw(yaw: NDArray[np.floating]) -> NDArray[np.float64]:
