@@ -106,7 +106,8 @@ class LocalDecoder(nn.Module):
         index, masked = self.neighbours(place, size_x, size_y)
         counts = torch.bincount(index.flatten(), minlength=size_x * size_y) if self.training else None
         embedded = self.cross_posembed(cell_positions(size_x, size_y, cells), counts)
-        keys = (cells.flatten(2).transpose(1, 2) + embedded).flatten(0, 1)
+        # The embedding first: the sum takes its layout, row by row, and needs no copy to be gathered from.
+        keys = (embedded + cells.flatten(2).transpose(1, 2)).flatten(0, 1)
         offset = torch.arange(batch, device=cells.device)[:, None, None] * (size_x * size_y)
         rows, masked = (index + offset).flatten(0, 1), masked.flatten(0, 1)
 
