@@ -107,7 +107,7 @@ class LocalDecoder(nn.Module):
         counts = torch.bincount(index.flatten(), minlength=size_x * size_y) if self.training else None
         embedded = self.cross_posembed(cell_positions(size_x, size_y, cells), counts)
         # The embedding first: the sum takes its layout, row by row, and needs no copy to be gathered from.
-        keys = (embedded + cells.flatten(2).transpose(1, 2)).flatten(0, 1)
+        keys = (embedded.view(size_x, size_y, channels) + cells.permute(0, 2, 3, 1)).reshape(-1, channels)
         offset = torch.arange(batch, device=cells.device)[:, None, None] * (size_x * size_y)
         rows, masked = (index + offset).flatten(0, 1), masked.flatten(0, 1)
 

@@ -151,8 +151,12 @@ class TransFusionHead(nn.Module):
 
     def convolutions(self, bev: Tensor) -> tuple[Tensor, Tensor]:
         """The dense part: cells (B, D, X, Y) and heat map (B, classes, X, Y) before the sigmoid."""
-        cells = self.shared_conv(bev.transpose(2, 3).contiguous())
-        return cells, self.heatmap_head(cells)
+        block, last = self.heatmap_head
+        assert isinstance(block, _ConvBlock)
+        assert isinstance(last, nn.Conv2d)
+        cells = _turned_conv(self.shared_conv, bev)
+        dense = _turned_conv(last, F.relu(block.bn(_turned_conv(block.conv, cells)), inplace=True))
+        return cells.transpose(2, 3), dense.transpose(2, 3)
 
     def proposals(self, cells: Tensor, dense: Tensor) -> TransFusionOutput:
         """The rest: from the dense part to raw outputs."""
@@ -160,12 +164,14 @@ class TransFusionHead(nn.Module):
         places = heat.shape[2]
         best = heat.flatten(1).topk(min(self.config.proposals, heat[0].numel()), dim=1).indices
         label, place = torch.div(best, places, rounding_mode="floor"), best % places
-        query = cells.flatten(2).transpose(1, 2).gather(1, place[..., None].expand(-1, -1, cells.shape[1]))
+        sample = torch.arange(len(place), device=place.device)[:, None]
+        size_y = cells.shape[3]
+        query = cells.permute(0, 2, 3, 1)[sample, torch.div(place, size_y, rounding_mode="floor"), place % size_y]
         one_hot = F.one_hot(label, heat.shape[1]).to(query.dtype).transpose(1, 2)
         query = query + self.class_encoding(one_hot).transpose(1, 2)
         found = self.decoder(cells, query, place).transpose(1, 2)
         outputs = {name: branch(found) for name, branch in self.prediction_head.items()}
-        position = positions_of(place.flatten(), cells.shape[3], outputs["center"]).view(*place.shape, 2)
+        position = positions_of(place.flatten(), size_y, outputs["center"]).view(*place.shape, 2)
         outputs["center"] = outputs["center"] + position.transpose(1, 2)
         score = heat.gather(2, place[:, None].expand(-1, heat.shape[1], -1))
         return TransFusionOutput(**outputs, query_heatmap_score=score, query_labels=label, dense_heatmap=dense)
@@ -279,15 +285,17 @@ class TransFusionHead(nn.Module):
 
 
 class _ConvBlock(nn.Module):
-    """Convolution, norm, ReLU; a module of its own for the names of its parameters."""
+    """Convolution and norm before a ReLU; a module of its own for the names of its parameters."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.bn = nn.BatchNorm2d(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+def _turned_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """What `conv` says of the (x, y) map, for a map that is kept as (y, x): the kernel is turned, not the map."""
+    return F.conv2d(x, conv.weight.transpose(2, 3), conv.bias, padding=1)
 
 
 def _branch(channels: int, hidden: int, out_channels: int) -> nn.Sequential:
