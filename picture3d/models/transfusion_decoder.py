@@ -52,6 +52,7 @@ class PositionEmbedding(nn.Module):
 
 def _counted_norm(norm: nn.BatchNorm1d, hidden: Tensor, counts: Tensor) -> Tensor:
     """Batch normalisation of rows that each stand for `counts` equal ones; running statistics move as they would there."""
+    kept, hidden = hidden.dtype, hidden if hidden.dtype == torch.float64 else hidden.float()  # half counts badly
     counts = counts.to(hidden.dtype)
     total = counts.sum()
     share = (counts / total)[:, None]
@@ -64,7 +65,7 @@ def _counted_norm(norm: nn.BatchNorm1d, hidden: Tensor, counts: Tensor) -> Tenso
             unbiased = variance.detach() * (total / (total - 1).clamp(min=1))
             norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
             norm.num_batches_tracked += 1
-    return (hidden - mean) * torch.rsqrt(variance + norm.eps) * norm.weight + norm.bias
+    return ((hidden - mean) * torch.rsqrt(variance + norm.eps) * norm.weight + norm.bias).to(kept)
 
 
 class LocalDecoder(nn.Module):

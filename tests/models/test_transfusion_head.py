@@ -332,6 +332,19 @@ def test_training_reaches_the_boxes_of_two_frames():
     assert boxes[-1] < 0.5 * boxes[0]
 
 
+def test_half_precision_trains_on_numbers_close_to_those_of_single_precision():
+    totals = []
+    for half in (False, True):
+        head = small_head()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            output = head(bev())
+        losses = head.loss(output, BOXES, CLASS, SAMPLE)
+        losses["total"].backward()
+        assert all(torch.isfinite(p.grad).all() for p in head.parameters() if p.grad is not None)
+        totals.append(losses["heatmap"].item())
+    assert totals[1] == pytest.approx(totals[0], rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [({"nms_thresholds": (0.1,)}, "nms_thresholds"), ({"small_classes": ("tram",)}, "tram"), ({"heads": 7}, "heads")],
