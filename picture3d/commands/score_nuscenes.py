@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from picture3d.datasets.detection_classes import CLASS_OF_CATEGORY
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.errors import DataError
 from picture3d.evaluation.nuscenes_detection import NuScenesScores, score_detections
@@ -21,23 +22,6 @@ from picture3d.formats.nuscenes_results import (
     rotation_of_yaw,
 )
 
-# The detection class of a nuScenes category; other categories do not count (nuScenes detection challenge).
-CLASS_OF_CATEGORY = {
-    "vehicle.car": "car",
-    "vehicle.truck": "truck",
-    "vehicle.bus.bendy": "bus",
-    "vehicle.bus.rigid": "bus",
-    "vehicle.trailer": "trailer",
-    "vehicle.construction": "construction_vehicle",
-    "human.pedestrian.adult": "pedestrian",
-    "human.pedestrian.child": "pedestrian",
-    "human.pedestrian.construction_worker": "pedestrian",
-    "human.pedestrian.police_officer": "pedestrian",
-    "vehicle.motorcycle": "motorcycle",
-    "vehicle.bicycle": "bicycle",
-    "movable_object.trafficcone": "traffic_cone",
-    "movable_object.barrier": "barrier",
-}
 _SHORT = ("ATE m", "ASE", "AOE rad", "AVE m/s", "AAE")
 
 

@@ -14,6 +14,7 @@ from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.datasets.samples import DataConfig, Sample, finish_sample, load_sample, read_sample, select_keyframes
 from picture3d.errors import ConfigError, DataError
 from picture3d.structures.batch import PointBatch
+from picture3d.structures.boxes import Boxes
 from picture3d.structures.targets import FeatureSource
 
 __all__ = ["DataConfig", "FrameBatches", "Sample", "collate", "iterate_batches", "load_sample", "select_keyframes"]
@@ -161,7 +162,8 @@ def collate(samples: Sequence[Sample]) -> PointBatch:
     """One batch of B >= 1 samples, their points one after the other.
 
     Teacher cells of all samples form one table: the rows of `point_cell` are shifted accordingly and stay -1 for points
-    without a target. Labels (or targets) that only some samples have are filled with 0 (or -1).
+    without a target. Labels (or targets) that only some samples have are filled with 0 (or -1). Boxes are there if any sample
+    was annotated; a sample without has none.
 
     Raises:
         DataError: if the samples' targets differ in dimension.
@@ -183,6 +185,14 @@ def collate(samples: Sequence[Sample]) -> PointBatch:
             cells.append(np.full(n, -1, np.int64) if cell is None else np.where(cell >= 0, cell + shift, -1))
             shift += 0 if sample.targets is None else len(sample.targets.features)
         point_cell = _cat(cells)
+    boxes = box_class = box_sample = None
+    if any(sample.boxes is not None for sample in samples):
+        found_boxes = [
+            (i, s.boxes, s.box_class) for i, s in enumerate(samples) if s.boxes is not None and s.box_class is not None
+        ]
+        boxes = _cat([_box_rows(rows) for _, rows, _ in found_boxes])
+        box_class = _cat([classes for _, _, classes in found_boxes])
+        box_sample = _cat([np.full(len(rows), i, np.int64) for i, rows, _ in found_boxes])
     return PointBatch(
         xyz=_cat([sample.xyz for sample in samples]),
         features=_cat([sample.features for sample in samples]),
@@ -193,7 +203,16 @@ def collate(samples: Sequence[Sample]) -> PointBatch:
         cell_features=cell_features,
         cell_superclass=cell_superclass,
         point_cell=point_cell,
+        boxes=boxes,
+        box_class=box_class,
+        box_sample=box_sample,
     )
+
+
+def _box_rows(boxes: Boxes) -> NDArray[np.float32]:
+    """(B, 9) float32 as `PointBatch.boxes`; an unknown velocity is 0, as the published detectors are trained."""
+    velocity = np.nan_to_num(boxes.velocity, nan=0.0)
+    return np.column_stack([boxes.center, boxes.size, boxes.yaw, velocity]).astype(np.float32)
 
 
 def _cat(arrays: Sequence[NDArray[np.generic]]) -> Tensor:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from picture3d.config import FrozenConfig
 from picture3d.datasets.augment import AugmentConfig, affine, draw_augmentation
+from picture3d.datasets.detection_classes import DetectionClasses
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.errors import DataError
 from picture3d.structures.boxes import Boxes
@@ -51,7 +52,10 @@ class DataConfig(FrozenConfig):
     augment: AugmentConfig | None = Field(default=None, description="null: points as they are.")
     shuffle_points: bool = Field(default=False, description="Shuffle the points of a sample.")
     labels: bool = Field(default=True, description="Read the labels where there are some.")
-    boxes: bool = Field(default=False, description="Read the boxes where there are some.")
+    box_classes: tuple[str, ...] = Field(
+        default=(), description="Read the boxes of these classes (see datasets/detection_classes.py); empty: no boxes."
+    )
+    min_box_points: int = Field(default=1, ge=0, description="Boxes with fewer LiDAR points are not learned from.")
     shuffle: bool = Field(default=True, description="Draw a new order of frames for every epoch.")
     drop_last: bool = Field(default=True, description="Leave out an incomplete last batch.")
     cache_bytes: int = Field(default=0, ge=0, description="Keep decoded samples in memory up to so many bytes; for small data.")
@@ -78,13 +82,16 @@ class Sample:
     features: NDArray[np.float32]  # (N, F) float32, as `DataConfig.features`
     point_id: NDArray[np.int64]  # (N,) int64: row in the un-augmented keyframe; -1 for points of earlier sweeps
     labels: NDArray[np.int64] | None = None  # (N,) int64 training class, 0 = ignored; 0 for points of earlier sweeps
-    boxes: Boxes | None = None
+    boxes: Boxes | None = None  # of the training classes
+    box_class: NDArray[np.int64] | None = None  # (B,) int64 1-based training class; with `boxes`
     targets: FrameTargets | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes its arrays take."""
-        arrays = [self.xyz, self.features, self.point_id, self.labels]
+        arrays = [self.xyz, self.features, self.point_id, self.labels, self.box_class]
+        if self.boxes is not None:
+            arrays += [self.boxes.center, self.boxes.size, self.boxes.yaw, self.boxes.velocity, self.boxes.num_points]
         if self.targets is not None:
             arrays += [self.targets.features, self.targets.superclass, self.targets.point_cell]
         return sum(array.nbytes for array in arrays if array is not None)
@@ -103,6 +110,12 @@ class Sample:
         """The points chosen by a boolean mask or an index."""
         labels = None if self.labels is None else self.labels[rows]
         return replace(self, xyz=self.xyz[rows], features=self.features[rows], point_id=self.point_id[rows], labels=labels)
+
+    def select_boxes(self, rows: NDArray[np.bool_]) -> Sample:
+        """The boxes chosen by a boolean mask; the sample itself if it has none."""
+        if self.boxes is None or self.box_class is None:
+            return self
+        return replace(self, boxes=self.boxes.select(rows), box_class=self.box_class[rows])
 
 
 def select_keyframes(dataset: PreparedDataset, config: DataConfig) -> list[FrameKey]:
@@ -156,7 +169,7 @@ def load_sample(
 
 def read_sample(dataset: PreparedDataset, key: FrameKey, config: DataConfig, *, targets: FeatureSource | None = None) -> Sample:
     """The part of :func:`load_sample` that is the same in every epoch: nothing random, nothing cropped."""
-    columns = {name for name, used in (("labels", config.labels), ("boxes", config.boxes)) if used}
+    columns = {name for name, used in (("labels", config.labels), ("boxes", config.box_classes)) if used}
     if "elongation" in config.features:
         columns.add("elongation")
     reader = dataset.reader(key.log)
@@ -188,13 +201,15 @@ def read_sample(dataset: PreparedDataset, key: FrameKey, config: DataConfig, *, 
             f"{key}: the targets were computed for {len(found.point_cell)} points, the frame has {count[0]}. "
             "The data changed since; run `picture3d targets` again."
         )
+    boxes, box_class = _boxes(frame, config)
     return Sample(
         name=str(key),
         xyz=np.concatenate(xyz),
         features=_features(sweeps, lags, config, key),
         point_id=point_id,
         labels=labels,
-        boxes=frame.boxes,
+        boxes=boxes,
+        box_class=box_class,
         targets=found,
     )
 
@@ -208,13 +223,29 @@ def finish_sample(sample: Sample, config: DataConfig, rng: np.random.Generator |
     if config.range_min is not None and config.range_max is not None:
         inside = _inside(sample.xyz, config.range_min, config.range_max, axes=3 if config.crop_z else 2)
         sample = sample if inside.all() else sample.select(np.flatnonzero(inside))
+        if sample.boxes is not None:
+            sample = sample.select_boxes(_inside(sample.boxes.center, config.range_min, config.range_max, axes=3))
     if config.shuffle_points and rng is not None:
         sample = sample.select(rng.permutation(len(sample.xyz)))
     return sample
 
 
+def _boxes(frame: Frame, config: DataConfig) -> tuple[Boxes | None, NDArray[np.int64] | None]:
+    """The boxes that are learned from, and their classes; a count of points that is not known is no reason to leave one out."""
+    if frame.boxes is None or not config.box_classes:
+        return None, None
+    classes = DetectionClasses(config.box_classes).of(frame.boxes.category)
+    unseen = (frame.boxes.num_points >= 0) & (frame.boxes.num_points < config.min_box_points)
+    used = (classes > 0) & ~unseen
+    return frame.boxes.select(used), classes[used]
+
+
 def _inside(
-    xyz: NDArray[np.float32], low: tuple[float, float, float], high: tuple[float, float, float], *, axes: int
+    xyz: NDArray[np.float32] | NDArray[np.float64],
+    low: tuple[float, float, float],
+    high: tuple[float, float, float],
+    *,
+    axes: int,
 ) -> NDArray[np.bool_]:
     """(N,) bool: inside of the box, its faces included; bounds are compared as float32, as the points are stored."""
     inside = np.ones(len(xyz), np.bool_)

@@ -22,7 +22,7 @@ class PointBatch:
     cell_superclass: Tensor | None = None  # (K,) int64: superclass of each teacher cell within its frame
     point_cell: Tensor | None = None  # (N,) int64: row in `cell_features`; -1 where a point has no target
     boxes: Tensor | None = None  # (G, 9) float32: x y z, length width height, yaw, vx vy; sample after sample
-    box_class: Tensor | None = None  # (G,) int64: 1-based training class; 0 = of no training class
+    box_class: Tensor | None = None  # (G,) int64: 1-based training class
     box_sample: Tensor | None = None  # (G,) int64, ascending: which frame of the batch a box belongs to
 
     def to(self, device: torch.device | str) -> PointBatch:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from picture3d.datasets.loading import FrameBatches, Sample, collate, iterate_ba
 from picture3d.datasets.samples import DataConfig
 from picture3d.errors import ConfigError, DataError
 from picture3d.structures.batch import PointBatch
+from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
 from picture3d.structures.targets import FrameTargets
 from tests.datasets.made_frames import made_frame, write_made_dataset
@@ -164,6 +165,34 @@ def test_collate_shifts_the_cells_of_each_sample():
         assert np.array_equal(cells >= 0, has)
         assert np.array_equal(batch.cell_features.numpy()[cells[has]], sample.targets.features[sample.point_cell[has]])
         assert np.array_equal(batch.cell_superclass.numpy()[cells[has]], sample.targets.superclass[sample.point_cell[has]])
+
+
+def test_boxes_of_a_batch_say_which_frame_they_belong_to_and_unknown_velocities_are_0():
+    boxes = Boxes(
+        center=np.array([[1.0, 2, 3], [4, 5, 6]]),
+        size=np.array([[4.0, 2, 1.5], [1, 1, 2]]),
+        yaw=np.array([0.5, -3.0]),
+        velocity=np.array([[np.nan, np.nan], [1.0, -2.0]]),
+        category=("car", "pedestrian"),
+        track_id=("a", "b"),
+        num_points=np.array([3, 4], np.int32),
+    )
+    plain, none = made_sample("x/0", 2, None), made_sample("x/1", 2, None)
+    annotated = replace(made_sample("x/2", 2, None), boxes=boxes, box_class=np.array([1, 9]))
+    empty = replace(made_sample("x/3", 2, None), boxes=Boxes.empty(), box_class=np.zeros(0, np.int64))
+    batch = collate([plain, annotated, empty, annotated])
+    assert batch.boxes is not None
+    assert batch.box_class is not None
+    assert batch.box_sample is not None
+    assert batch.boxes.dtype == torch.float32
+    one = [[1, 2, 3, 4, 2, 1.5, 0.5, 0, 0], [4, 5, 6, 1, 1, 2, -3, 1, -2]]
+    assert batch.boxes.tolist() == one + one
+    assert batch.box_class.tolist() == [1, 9, 1, 9]
+    assert batch.box_sample.tolist() == [1, 1, 3, 3]
+    assert collate([plain, none]).boxes is None
+    alone = collate([empty]).boxes
+    assert alone is not None
+    assert alone.shape == (0, 9)
 
 
 def test_a_batch_of_empty_frames_is_a_batch():

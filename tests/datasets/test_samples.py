@@ -177,13 +177,63 @@ def test_targets_of_other_points_are_refused(tmp_path):
 def test_boxes_go_through_the_same_transform_as_points(tmp_path):
     frame = made_frame()
     assert frame.boxes is not None
+    boxes = replace(frame.boxes, category=("vehicle.car",) * 3, num_points=np.array([5, -1, 1], np.int32))
     centres = frame.boxes.center.astype(np.float32)
     points = PointCloud(centres, np.zeros(3, np.float32), IntensityUnit.UNIT)
-    write_made_dataset(tmp_path, {"log-a": [replace(frame, points=points, labels=None, instances=None)]})
-    found = sample(tmp_path, rng=3, boxes=True, augment=AugmentConfig().model_dump())
+    write_made_dataset(tmp_path, {"log-a": [replace(frame, points=points, labels=None, instances=None, boxes=boxes)]})
+    found = sample(tmp_path, rng=3, box_classes=("car",), augment=AugmentConfig().model_dump())
     assert found.boxes is not None
     assert abs(found.xyz - centres).max() > 0.1
     np.testing.assert_allclose(found.boxes.center, found.xyz, atol=1e-4)
+
+
+def box_frame(count: int, category: list[str], num_points: list[int], centres: list[list[float]]) -> Frame:
+    frame = made_frame()
+    assert frame.boxes is not None
+    rows = np.zeros(count, np.int64)
+    return replace(
+        frame,
+        boxes=replace(
+            frame.boxes.select(rows),
+            category=tuple(category),
+            num_points=np.array(num_points, np.int32),
+            center=np.array(centres, np.float64).reshape(count, 3),
+        ),
+    )
+
+
+def test_only_boxes_of_the_classes_with_points_inside_the_range_are_learned_from(tmp_path):
+    categories = [
+        "vehicle.bus.bendy",
+        "vehicle.car",
+        "vehicle.car",
+        "animal",
+        "human.pedestrian.adult",
+        "vehicle.bus.rigid",
+        "BUS",
+    ]
+    counts = [9, 9, 2, 9, 9, -1, 9]
+    centres = [[0, 0, 0], [10, 10, 2], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 10.001, 0], [-10, -10, -2]]
+    write_made_dataset(tmp_path, {"log-a": [box_frame(7, categories, counts, centres)]})
+    settings = {"box_classes": ("car", "bus"), "min_box_points": 3}
+    found = sample(tmp_path, **settings)
+    assert found.boxes is not None
+    assert found.box_class is not None
+    assert found.boxes.category == ("vehicle.bus.bendy", "vehicle.car", "vehicle.bus.rigid", "BUS")
+    assert found.box_class.tolist() == [2, 1, 2, 2]
+    near = sample(tmp_path, range_min=(-10, -10, -2), range_max=(10, 10, 2), crop_z=False, **settings)
+    assert near.boxes is not None
+    assert near.box_class is not None
+    assert near.boxes.category == ("vehicle.bus.bendy", "vehicle.car", "BUS")  # a centre on the border is inside
+    assert near.box_class.tolist() == [2, 1, 2]
+    assert sample(tmp_path).boxes is None
+
+
+def test_a_frame_whose_boxes_are_all_left_out_was_annotated_still(tmp_path):
+    write_made_dataset(tmp_path, {"log-a": [box_frame(1, ["animal"], [9], [[0, 0, 0]])]})
+    found = sample(tmp_path, box_classes=("car",))
+    assert found.boxes is not None
+    assert len(found.boxes) == 0
 
 
 def test_labels_without_a_label_set_are_refused(tmp_path):

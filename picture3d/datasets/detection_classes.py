@@ -1,0 +1,62 @@
+"""What a detector is trained to find: the category a dataset gives a box -> the class of a head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# The detection class of a nuScenes category; other categories do not count (nuScenes detection challenge).
+CLASS_OF_CATEGORY = {
+    "vehicle.car": "car",
+    "vehicle.truck": "truck",
+    "vehicle.bus.bendy": "bus",
+    "vehicle.bus.rigid": "bus",
+    "vehicle.trailer": "trailer",
+    "vehicle.construction": "construction_vehicle",
+    "human.pedestrian.adult": "pedestrian",
+    "human.pedestrian.child": "pedestrian",
+    "human.pedestrian.construction_worker": "pedestrian",
+    "human.pedestrian.police_officer": "pedestrian",
+    "vehicle.motorcycle": "motorcycle",
+    "vehicle.bicycle": "bicycle",
+    "movable_object.trafficcone": "traffic_cone",
+    "movable_object.barrier": "barrier",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DetectionClasses:
+    """The classes of a head, in order; class 0 is everything else.
+
+    A box belongs to a class if its category is the name of the class, in capitals or not, or a category of nuScenes that the
+    detection challenge counts as that class.
+    """
+
+    names: tuple[str, ...]
+
+    def of(self, categories: Iterable[str]) -> NDArray[np.int64]:
+        """(B,) int64: 1-based class of each category, 0 for what no class stands for."""
+        index = {name.lower(): i for i, name in enumerate(self.names, start=1)}
+        found = [index.get(CLASS_OF_CATEGORY.get(category, category).lower(), 0) for category in categories]
+        return np.array(found, np.int64)
+
+
+# In the order of the published detectors' outputs.
+NUSCENES_DETECTION = DetectionClasses(
+    (
+        "car",
+        "truck",
+        "construction_vehicle",
+        "bus",
+        "trailer",
+        "barrier",
+        "motorcycle",
+        "bicycle",
+        "pedestrian",
+        "traffic_cone",
+    )
+)
+WAYMO_DETECTION = DetectionClasses(("Vehicle", "Pedestrian", "Cyclist"))
