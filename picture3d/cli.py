@@ -239,18 +239,22 @@ def pretrain(
     )
 
 
+Encoder = Annotated[
+    Path | None, typer.Option("--encoder", help="Run folder or checkpoint of a pre-training; left out: from scratch.")
+]
+LabelShare = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share of the labelled scenes to train on.")]
+AllowPartial = Annotated[bool, typer.Option("--allow-partial", help="Accept an encoder that fits only in part.")]
+FinetuneRecipe = Annotated[str, typer.Option("--recipe", help="Which recipe to run; `picture3d recipes` lists them.")]
+
+
 @finetune_app.command("segmentation")
 def finetune_segmentation(
     out: RunFolderOption,
     data: DataOption = None,
-    recipe: Annotated[str, typer.Option(help="Which recipe to run; `picture3d recipes` lists them.")] = "town-segmentation",
-    encoder: Annotated[
-        Path | None, typer.Option(help="Run folder or checkpoint of a pre-training; left out: from scratch.")
-    ] = None,
-    label_share: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Share of the labelled scenes to train on.")
-    ] = None,
-    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Accept an encoder that fits only in part.")] = False,
+    recipe: FinetuneRecipe = "town-segmentation",
+    encoder: Encoder = None,
+    label_share: LabelShare = None,
+    allow_partial: AllowPartial = False,
     config: ConfigFile = None,
     set_: Overrides = None,
     resume: Resume = False,
@@ -258,11 +262,47 @@ def finetune_segmentation(
     threads: Threads = 0,
 ) -> None:
     """Train LiDAR semantic segmentation on labelled keyframes."""
-    from picture3d.commands.train import finetune_segmentation as command
+    from picture3d.commands.train import finetune as command
 
     _show(
         command(
             out,
+            task="segmentation",
+            data=data,
+            recipe=recipe,
+            encoder=encoder,
+            label_share=label_share,
+            allow_partial=allow_partial,
+            config=config,
+            overrides=set_ or [],
+            resume=resume,
+            device=device,
+            threads=threads,
+        )
+    )
+
+
+@finetune_app.command("detection")
+def finetune_detection(
+    out: RunFolderOption,
+    data: DataOption = None,
+    recipe: FinetuneRecipe = "town-detection",
+    encoder: Encoder = None,
+    label_share: LabelShare = None,
+    allow_partial: AllowPartial = False,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    resume: Resume = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Train a 3-D object detector on annotated keyframes."""
+    from picture3d.commands.train import finetune as command
+
+    _show(
+        command(
+            out,
+            task="detection",
             data=data,
             recipe=recipe,
             encoder=encoder,

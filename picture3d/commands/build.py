@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from picture3d.config import read_config_tree
 from picture3d.datasets.loading import FrameBatches
 from picture3d.datasets.samples import DataConfig
 from picture3d.errors import ConfigError
 from picture3d.pretrain.picture import Picture, PretrainTask
-from picture3d.recipes.configs import PretrainConfig, SegmentationConfig, TargetsConfig
+from picture3d.recipes.catalogue import RunConfig
+from picture3d.recipes.configs import DetectionConfig, PretrainConfig, SegmentationConfig, TargetsConfig
 from picture3d.structures.targets import FeatureSource
+from picture3d.tasks.detection import DetectionNet, DetectionTask
 from picture3d.tasks.segmentation import SegmentationNet, SegmentationTask
 from picture3d.teachers.protocol import Teacher
 
@@ -42,7 +45,27 @@ def build_segmentation(config: SegmentationConfig, device: torch.device) -> Segm
     return SegmentationTask(network.to(device), config.task)
 
 
-def training_batches(config: PretrainConfig | SegmentationConfig, targets: FeatureSource | None) -> FrameBatches:
+def build_detection(config: DetectionConfig, device: torch.device) -> DetectionTask:
+    """The detector, its first weights drawn from the training seed."""
+    torch.manual_seed(config.training.seed)
+    network = DetectionNet(
+        config.grid.grid, config.in_features, config.encoder, pillars=config.grid.pillars, config=config.task
+    )
+    return DetectionTask(network.to(device), config.task)
+
+
+def build_network(config: RunConfig, device: torch.device) -> nn.Module:
+    """The network of a run of any kind."""
+    match config:
+        case PretrainConfig():
+            return build_picture(config, device).module
+        case SegmentationConfig():
+            return build_segmentation(config, device).module
+        case DetectionConfig():
+            return build_detection(config, device).module
+
+
+def training_batches(config: RunConfig, targets: FeatureSource | None) -> FrameBatches:
     """Shuffled, augmented batches as the config wants them."""
     return FrameBatches(
         config.data,
@@ -105,7 +128,7 @@ def build_targets(config: TargetsConfig, prepared: Path, device: torch.device) -
             return OnlineTeacherSource(teacher, num_superclasses=config.superclasses)
 
 
-def read_run_config(run: Path) -> PretrainConfig | SegmentationConfig:
+def read_run_config(run: Path) -> RunConfig:
     """The config of a run folder, as the kind it is.
 
     Raises:
@@ -118,5 +141,7 @@ def read_run_config(run: Path) -> PretrainConfig | SegmentationConfig:
             return PretrainConfig.from_tree(tree, source=str(path))
         case "segmentation":
             return SegmentationConfig.from_tree(tree, source=str(path))
+        case "detection":
+            return DetectionConfig.from_tree(tree, source=str(path))
         case other:
             raise ConfigError(f"{path}: not the config of a run (its kind is {other!r})")

@@ -11,7 +11,7 @@ from pathlib import Path
 from picture3d.commands import data as data_commands
 from picture3d.commands.report import write_report
 from picture3d.commands.score import run_evaluation
-from picture3d.commands.train import run_pretraining, run_segmentation
+from picture3d.commands.train import run_finetuning, run_pretraining
 from picture3d.errors import ConfigError
 from picture3d.files import write_text
 from picture3d.recipes.catalogue import pretraining_recipe, segmentation_recipe
@@ -125,7 +125,7 @@ def demo(out: Path, *, tiny: bool, threads: int) -> str:
             f"finetune {name}",
             f"picture3d finetune segmentation --recipe town-segmentation --data {prepared} {encoder}--out {folder} "
             f"--label-share {size.label_share} --set training.max_steps={size.finetune_steps}",
-            lambda settings=settings, folder=folder: run_segmentation(settings, folder, True, "cpu", threads),
+            lambda settings=settings, folder=folder: run_finetuning(settings, folder, True, "cpu", threads),
         )
     scores: dict[str, dict[str, object]] = {}
     for name in RUNS:

@@ -20,7 +20,8 @@ from picture3d.datasets.samples import load_sample
 from picture3d.errors import DataError
 from picture3d.ops.voxelize import assign_voxels
 from picture3d.pretrain.picture import PretrainTask
-from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
+from picture3d.recipes.catalogue import RunConfig
+from picture3d.recipes.configs import DetectionConfig, PretrainConfig, SegmentationConfig
 from picture3d.structures.batch import PointBatch
 from picture3d.tasks.segmentation import SegmentationTask
 from picture3d.training.checkpoint import load_into, load_weights
@@ -40,7 +41,7 @@ class Run:
 
     name: str
     folder: RunFolder
-    config: PretrainConfig | SegmentationConfig
+    config: RunConfig
 
 
 def report(folder: Path, *, data: Path | None, out: Path | None, device: str, threads: int) -> str:
@@ -96,7 +97,7 @@ def find_runs(folder: Path) -> list[Run]:
 
 def _default_summary(runs: list[Run]) -> str:
     pretrained = [run.name for run in runs if isinstance(run.config, PretrainConfig)]
-    tuned = [run.name for run in runs if isinstance(run.config, SegmentationConfig)]
+    tuned = [run.name for run in runs if not isinstance(run.config, PretrainConfig)]
     return (
         f"{len(pretrained)} pre-training runs ({', '.join(pretrained)}) and {len(tuned)} fine-tuning runs ({', '.join(tuned)})."
     )
@@ -128,7 +129,7 @@ def _short(name: str) -> str:
 
 def _curves(runs: list[Run]) -> list[CurveGroup]:
     groups = []
-    for title, kind in (("Pre-training", PretrainConfig), ("Fine-tuning", SegmentationConfig)):
+    for title, kind in _CURVES:
         chosen = [run for run in runs if isinstance(run.config, kind)]
         curves = {_short(run.name): curves_from_records([_flat(record) for record in run.folder.metrics()]) for run in chosen}
         if curves:
@@ -136,10 +137,14 @@ def _curves(runs: list[Run]) -> list[CurveGroup]:
     return groups
 
 
+_CURVES = (("Pre-training", PretrainConfig), ("Fine-tuning", SegmentationConfig), ("Fine-tuning of detectors", DetectionConfig))
+_TERMS = ("total", "coordinates", "features", "hidden_share", "cross_entropy", "lovasz", "accuracy")
+_DETECTION_TERMS = ("heatmap", "regression", "iou", "iou_regression", "classification", "box")
+
+
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    wanted = ("total", "coordinates", "features", "hidden_share", "cross_entropy", "lovasz", "accuracy")
     losses = record.get("losses", {})
-    return {"step": record["step"], **{name: losses[name] for name in wanted if name in losses}}
+    return {"step": record["step"], **{name: losses[name] for name in (*_TERMS, *_DETECTION_TERMS) if name in losses}}
 
 
 def _steps(runs: list[Run]) -> tuple[Step, ...]:
@@ -182,7 +187,7 @@ def _scene(runs: list[Run], dataset: PreparedDataset, key: FrameKey, device: tor
             continue
         if isinstance(run.config, PretrainConfig):
             _look_at_pretraining(run, run.config, dataset, key, near, device, values)
-        else:
+        elif isinstance(run.config, SegmentationConfig):
             task = build_segmentation(run.config, device)
             load_into(task.module, load_weights(run.folder.path).tensors)
             values["predictions"][_short(run.name)] = _predicted(task, run.config, dataset, key)[near]

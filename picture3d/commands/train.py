@@ -1,19 +1,30 @@
-"""`pretrain`, `finetune segmentation`, and the list of recipes."""
+"""`pretrain`, `finetune`, and the list of recipes."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
-from picture3d.commands.build import build_picture, build_segmentation, build_targets, training_batches
+from picture3d.commands.build import build_detection, build_picture, build_segmentation, build_targets, training_batches
 from picture3d.commands.machine import start
 from picture3d.config import read_config_tree
 from picture3d.errors import ConfigError
-from picture3d.recipes.catalogue import PRETRAINING, SEGMENTATION, any_recipe, pretraining_recipe, segmentation_recipe
-from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
-from picture3d.tasks.segmentation import load_encoder
+from picture3d.recipes.catalogue import (
+    DETECTION,
+    PRETRAINING,
+    SEGMENTATION,
+    any_recipe,
+    detection_recipe,
+    pretraining_recipe,
+    segmentation_recipe,
+)
+from picture3d.recipes.configs import DetectionConfig, PretrainConfig, SegmentationConfig
+from picture3d.tasks.encoder import load_encoder
 from picture3d.training.loop import FitResult, fit
 from picture3d.training.runlog import RunFolder, duration
+
+FinetuneTask = Literal["segmentation", "detection"]
 
 
 def pretrain(
@@ -44,9 +55,10 @@ def run_pretraining(config: PretrainConfig, out: Path, resume: bool, device: str
     return fit(task, batches, config.training, run, resume=resume)
 
 
-def finetune_segmentation(
+def finetune(
     out: Path,
     *,
+    task: FinetuneTask,
     data: Path | None,
     recipe: str,
     encoder: Path | None,
@@ -60,18 +72,20 @@ def finetune_segmentation(
 ) -> str:
     """Fine-tunes in the run folder `out`; returns what to tell the user."""
     wanted = list(overrides) + ([f"data.label_share={label_share}"] if label_share is not None else [])
-    settings = _segmentation_config(recipe, config, data, wanted)
+    settings = _finetune_config(task, recipe, config, data, wanted)
     if encoder is not None or allow_partial:
         updates = {"pretrained": encoder or settings.pretrained, "allow_partial": allow_partial or settings.allow_partial}
         settings = settings.model_copy(update=updates)
-    return _told(out, run_segmentation(settings, out, resume, device, threads))
+    return _told(out, run_finetuning(settings, out, resume, device, threads))
 
 
-def run_segmentation(config: SegmentationConfig, out: Path, resume: bool, device: str, threads: int) -> FitResult:
+def run_finetuning(
+    config: SegmentationConfig | DetectionConfig, out: Path, resume: bool, device: str, threads: int
+) -> FitResult:
     """Fine-tunes by a resolved config."""
     machine = start(device, threads)
     batches = training_batches(config, None)
-    task = build_segmentation(config, machine)
+    task = build_segmentation(config, machine) if isinstance(config, SegmentationConfig) else build_detection(config, machine)
     report = None
     if config.pretrained is not None:
         inputs = config.data.model_dump(mode="json", include={"features", "intensity_scale"})
@@ -109,7 +123,7 @@ def describe_recipes(name: str | None) -> str:
     data = Path("prepared")
     if name is None:
         lines = []
-        for title, recipes in (("pre-training", PRETRAINING), ("segmentation", SEGMENTATION)):
+        for title, recipes in (("pre-training", PRETRAINING), ("segmentation", SEGMENTATION), ("detection", DETECTION)):
             lines.append(f"{title}:")
             lines += [f"  {key:26s}{(make.__doc__ or '').splitlines()[0]}" for key, make in recipes.items()]
         return "\n".join(lines)
@@ -126,13 +140,17 @@ def _pretrain_config(recipe: str, saved: Path | None, data: Path | None, overrid
     return base.with_overrides(overrides)
 
 
-def _segmentation_config(recipe: str, saved: Path | None, data: Path | None, overrides: list[str]) -> SegmentationConfig:
+def _finetune_config(
+    task: FinetuneTask, recipe: str, saved: Path | None, data: Path | None, overrides: list[str]
+) -> SegmentationConfig | DetectionConfig:
     if saved is not None:
-        base = SegmentationConfig.from_tree(read_config_tree(saved), source=str(saved))
+        kind = SegmentationConfig if task == "segmentation" else DetectionConfig
+        base = kind.from_tree(read_config_tree(saved), source=str(saved))
         if data is not None:
             base = base.model_copy(update={"data": base.data.model_copy(update={"root": data})})
     else:
-        base = segmentation_recipe(recipe, _required(data))
+        find = segmentation_recipe if task == "segmentation" else detection_recipe
+        base = find(recipe, _required(data))
     return base.with_overrides(overrides)
 
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from picture3d.commands.build import build_picture, build_segmentation
+from picture3d.commands.build import build_network
 from picture3d.errors import CheckpointError
 from picture3d.recipes.catalogue import any_recipe
-from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
 from picture3d.tasks.encoder import ENCODER_PARTS
 from picture3d.training.checkpoint import LoadReport, compare, load_into, save_checkpoint
 from picture3d.training.weights_import import export_openpcdet, load_any_weights
@@ -88,14 +87,7 @@ def export_weights(source: Path, out: Path) -> str:
 
 
 def _network(recipe: str) -> nn.Module:
-    config, device = any_recipe(recipe, Path("prepared")), torch.device("cpu")
-    match config:
-        case PretrainConfig():
-            return build_picture(config, device).module
-        case SegmentationConfig():
-            return build_segmentation(config, device).module
-        case _:
-            raise CheckpointError(f"{recipe}: weights are compared with pre-training and segmentation networks only.")
+    return build_network(any_recipe(recipe, Path("prepared")), torch.device("cpu"))
 
 
 def _settings(recipe: str) -> dict[str, Any]:

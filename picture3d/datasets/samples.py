@@ -232,8 +232,13 @@ def finish_sample(sample: Sample, config: DataConfig, rng: np.random.Generator |
 
 def _boxes(frame: Frame, config: DataConfig) -> tuple[Boxes | None, NDArray[np.int64] | None]:
     """The boxes that are learned from, and their classes; a count of points that is not known is no reason to leave one out."""
-    if frame.boxes is None or not config.box_classes:
+    if not config.box_classes:
         return None, None
+    if frame.boxes is None:  # learned from, it would teach that nothing is there
+        raise DataError(
+            f"{frame.log}/{frame.index}: was not annotated with boxes, but data.box_classes asks for some. Choose a split "
+            "whose frames are annotated, or prepare the data with its boxes."
+        )
     classes = DetectionClasses(config.box_classes).of(frame.boxes.category)
     unseen = (frame.boxes.num_points >= 0) & (frame.boxes.num_points < config.min_box_points)
     used = (classes > 0) & ~unseen

@@ -6,6 +6,7 @@ State-dict keys are those below ``backbone_2d.`` of OpenPCDet checkpoints: ``blo
 
 from __future__ import annotations
 
+import math
 from typing import Self
 
 import torch
@@ -110,7 +111,7 @@ class BevBackbone(nn.Module):
         Raises:
             ValueError: if H or W is not a multiple of what the levels divide by; the levels could not be joined.
         """
-        divisor = torch.tensor(self.config.strides).prod().item()
+        divisor = math.prod(self.config.strides)
         if bev.shape[2] % divisor or bev.shape[3] % divisor:
             raise ValueError(
                 f"a map of {bev.shape[2]} x {bev.shape[3]} cells cannot be halved by strides {self.config.strides} and joined "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -28,6 +28,7 @@ _BRANCHES = {"center": 2, "center_z": 1, "dim": 3, "rot": 2, "iou": 1}  # name -
 class CenterHeadConfig(FrozenConfig):
     """Head, losses and decoding; the defaults are the published Waymo detector's."""
 
+    kind: Literal["center"] = "center"
     classes: tuple[str, ...] = Field(default=("Vehicle", "Pedestrian", "Cyclist"), description="training classes, in order")
     channels: int = Field(default=64, ge=1, description="width of the shared convolution and of each branch")
     gaussian_overlap: float = Field(default=0.1, gt=0, lt=1, description="IoU that sets the radius of a peak")

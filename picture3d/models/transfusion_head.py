@@ -11,7 +11,7 @@ trained on boxes that are moved up by half their height.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -43,6 +43,7 @@ _NUSCENES = (
 class TransFusionConfig(FrozenConfig):
     """Head, losses and decoding; the defaults are the published nuScenes detector's."""
 
+    kind: Literal["transfusion"] = "transfusion"
     classes: tuple[str, ...] = Field(default=_NUSCENES, min_length=1, description="training classes, in order")
     channels: int = Field(default=256, ge=1, description="width of the head")
     branch_channels: int = Field(default=64, ge=1, description="width of a prediction branch")

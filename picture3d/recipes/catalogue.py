@@ -8,12 +8,14 @@ from typing import TypeVar
 
 from picture3d.config import nearest
 from picture3d.errors import ConfigError
-from picture3d.recipes import pretraining, segmentation
-from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
+from picture3d.recipes import detection, pretraining, segmentation
+from picture3d.recipes.configs import DetectionConfig, PretrainConfig, SegmentationConfig
 from picture3d.recipes.town import town_encoder
 from picture3d.structures.cylinder import cylinder_cell_size
+from picture3d.tasks.detection import DetectionTaskConfig
 
-_Config = TypeVar("_Config", PretrainConfig, SegmentationConfig)
+RunConfig = PretrainConfig | SegmentationConfig | DetectionConfig
+_Config = TypeVar("_Config", PretrainConfig, SegmentationConfig, DetectionConfig)
 _Recipe = TypeVar("_Recipe")
 
 PRETRAINING: dict[str, Callable[[Path], PretrainConfig]] = {
@@ -28,6 +30,12 @@ PRETRAINING: dict[str, Callable[[Path], PretrainConfig]] = {
 SEGMENTATION: dict[str, Callable[[Path], SegmentationConfig]] = {
     "town-segmentation": segmentation.town_segmentation,
     "nuscenes-segmentation": segmentation.nuscenes_segmentation,
+    "nuscenes-cylinder-segmentation": segmentation.nuscenes_cylinder_segmentation,
+}
+DETECTION: dict[str, Callable[[Path], DetectionConfig]] = {
+    "town-detection": detection.town_detection,
+    "waymo-detection": detection.waymo_detection,
+    "nuscenes-detection": detection.nuscenes_detection,
 }
 
 
@@ -49,13 +57,22 @@ def segmentation_recipe(name: str, data: Path) -> SegmentationConfig:
     return _find(SEGMENTATION, name, "segmentation")(data)
 
 
-def any_recipe(name: str, data: Path) -> PretrainConfig | SegmentationConfig:
-    """The recipe called `name`, of either kind, on the prepared frames in `data`.
+def detection_recipe(name: str, data: Path) -> DetectionConfig:
+    """The detection recipe called `name`, on the prepared frames in `data`.
 
     Raises:
         ConfigError: for an unknown name; the nearest one is given.
     """
-    return _find({**PRETRAINING, **SEGMENTATION}, name, "")(data)
+    return _find(DETECTION, name, "detection")(data)
+
+
+def any_recipe(name: str, data: Path) -> RunConfig:
+    """The recipe called `name`, of any kind, on the prepared frames in `data`.
+
+    Raises:
+        ConfigError: for an unknown name; the nearest one is given.
+    """
+    return _find({**PRETRAINING, **SEGMENTATION, **DETECTION}, name, "")(data)
 
 
 def tiny(config: _Config) -> _Config:
@@ -84,7 +101,16 @@ def tiny(config: _Config) -> _Config:
         update={"epochs": None, "max_steps": 2, "batch_size": 1, "accumulate": 1, "precision": "float32"}
     )
     grid = config.grid.model_copy(update={"voxel_size": voxel})
-    return config.model_copy(update={"grid": grid, "encoder": encoder, "training": training, "workers": 0})
+    updates: dict[str, object] = {"grid": grid, "encoder": encoder, "training": training, "workers": 0}
+    if isinstance(config, DetectionConfig):
+        updates["task"] = _narrow(config.task)
+    return config.model_copy(update=updates)
+
+
+def _narrow(task: DetectionTaskConfig) -> DetectionTaskConfig:
+    levels = len(task.bev.blocks)
+    bev = task.bev.model_copy(update={"blocks": (0,) * levels, "channels": (16,) * levels, "upsample_channels": (16,) * levels})
+    return task.model_copy(update={"bev": bev, "head": task.head.model_copy(update={"channels": 32})})
 
 
 def _find(recipes: Mapping[str, Callable[[Path], _Recipe]], name: str, kind: str) -> Callable[[Path], _Recipe]:

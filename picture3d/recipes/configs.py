@@ -14,6 +14,7 @@ from picture3d.pretrain.losses import LossConfig
 from picture3d.pretrain.masking import MaskConfig
 from picture3d.structures.cylinder import CylinderGrid
 from picture3d.structures.voxels import VoxelGrid
+from picture3d.tasks.detection import DetectionTaskConfig
 from picture3d.tasks.segmentation import SegmentationTaskConfig
 from picture3d.training.loop import TrainingConfig
 
@@ -105,26 +106,20 @@ class PretrainConfig(FrozenConfig):
         return len(self.data.features)
 
 
-class SegmentationConfig(FrozenConfig):
-    """A segmentation fine-tuning run."""
+class FinetuneConfig(FrozenConfig):
+    """What every fine-tuning run has."""
 
-    kind: Literal["segmentation"] = "segmentation"
     recipe: str = Field(description="name of the recipe this began as")
     data: DataConfig
     grid: GridConfig
     encoder: DsvtConfig
-    task: SegmentationTaskConfig = SegmentationTaskConfig()
     training: TrainingConfig
     pretrained: Path | None = Field(default=None, description="run folder or checkpoint of a pre-training; null: from scratch")
     allow_partial: bool = Field(default=False, description="accept an encoder that fits only in part")
     workers: int = Field(default=0, ge=0, description="processes that load ahead; 0 loads in the training process")
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.grid.cylinder:
-            raise ValueError(
-                "grid.cylinder=true is for pre-training; the segmentation network reads cells of x, y, z: set it false"
-            )
+    def _encoder_fits(self) -> Self:
         self.encoder.stage_shapes(self.grid.grid.shape)
         return self
 
@@ -132,3 +127,28 @@ class SegmentationConfig(FrozenConfig):
     def in_features(self) -> int:
         """Point features besides x, y, z."""
         return len(self.data.features)
+
+
+class SegmentationConfig(FinetuneConfig):
+    """A segmentation fine-tuning run."""
+
+    kind: Literal["segmentation"] = "segmentation"
+    task: SegmentationTaskConfig = SegmentationTaskConfig()
+
+
+class DetectionConfig(FinetuneConfig):
+    """A detection fine-tuning run."""
+
+    kind: Literal["detection"] = "detection"
+    task: DetectionTaskConfig = DetectionTaskConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.grid.cylinder:
+            raise ValueError("grid.cylinder=true has no map of x and y to find boxes on; set it false")
+        if self.data.box_classes != self.task.head.classes:
+            raise ValueError(
+                f"data.box_classes {self.data.box_classes} and task.head.classes {self.task.head.classes} must be the same "
+                "names in the same order"
+            )
+        return self

@@ -9,7 +9,7 @@ from picture3d.datasets.samples import DataConfig
 from picture3d.models.dsvt_config import nuscenes_cylinder_128, nuscenes_pillar_256, nuscenes_voxel_256, waymo_voxel_192
 from picture3d.pretrain.losses import LossConfig
 from picture3d.pretrain.masking import MaskConfig
-from picture3d.recipes.configs import GridConfig, PretrainConfig
+from picture3d.recipes.configs import GridConfig, Metres, PretrainConfig
 from picture3d.recipes.town import TOWN_GRID, town_encoder
 from picture3d.structures.cylinder import cylinder_cell_size
 from picture3d.training.loop import TrainingConfig
@@ -117,16 +117,15 @@ def nuscenes_pillar_picture(data: Path) -> PretrainConfig:
 
 def nuscenes_cylinder_picture(data: Path) -> PretrainConfig:
     """PICTURE for the cylinder encoder of nuScenes segmentation: 480 x 360 x 32 cells, width 128, single sweeps."""
-    reach = NUSCENES_CYLINDER_GRID.range_max[0]
-    low, high = NUSCENES_CYLINDER_GRID.range_min[2], NUSCENES_CYLINDER_GRID.range_max[2]
+    low, high = cylinder_crop(NUSCENES_CYLINDER_GRID)
     return PretrainConfig(
         recipe="nuscenes-cylinder-picture",
         data=DataConfig(
             root=data,
             features=("intensity",),
             intensity_scale="raw",
-            range_min=(-reach, -reach, low),
-            range_max=(reach, reach, high),
+            range_min=low,
+            range_max=high,
             labels=False,
         ),
         grid=NUSCENES_CYLINDER_GRID,
@@ -134,6 +133,12 @@ def nuscenes_cylinder_picture(data: Path) -> PretrainConfig:
         training=_nuscenes_training(),
         workers=4,
     )
+
+
+def cylinder_crop(grid: GridConfig) -> tuple[Metres, Metres]:
+    """Corners of the smallest box of x, y, z that holds a cylinder grid, metres."""
+    reach = grid.range_max[0]
+    return (-reach, -reach, grid.range_min[2]), (reach, reach, grid.range_max[2])
 
 
 def _nuscenes_data(data: Path, grid: GridConfig) -> DataConfig:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from picture3d.datasets.augment import AugmentConfig
 from picture3d.datasets.samples import DataConfig
-from picture3d.models.dsvt_config import nuscenes_voxel_256
+from picture3d.models.dsvt_config import nuscenes_cylinder_128, nuscenes_voxel_256
 from picture3d.recipes.configs import SegmentationConfig
-from picture3d.recipes.pretraining import NUSCENES_GRID
+from picture3d.recipes.pretraining import NUSCENES_CYLINDER_GRID, NUSCENES_GRID, cylinder_crop
 from picture3d.recipes.town import TOWN_GRID, town_encoder
 from picture3d.tasks.segmentation import SegmentationTaskConfig
 from picture3d.training.loop import TrainingConfig
@@ -65,4 +65,18 @@ def nuscenes_segmentation(data: Path) -> SegmentationConfig:
             optim=OptimConfig(peak_lr=5e-3, weight_decay=0.05, warmup_share=0.4, start_divisor=10.0, grad_clip=35.0),
         ),
         workers=4,
+    )
+
+
+def nuscenes_cylinder_segmentation(data: Path) -> SegmentationConfig:
+    """Lidarseg on the published cylinder encoder, that of `nuscenes-cylinder-picture`: 480 x 360 x 32 cells, single sweeps."""
+    base = nuscenes_segmentation(data)
+    low, high = cylinder_crop(NUSCENES_CYLINDER_GRID)
+    return base.model_copy(
+        update={
+            "recipe": "nuscenes-cylinder-segmentation",
+            "data": base.data.model_copy(update={"sweeps": 1, "features": ("intensity",), "range_min": low, "range_max": high}),
+            "grid": NUSCENES_CYLINDER_GRID,
+            "encoder": nuscenes_cylinder_128(),
+        }
     )

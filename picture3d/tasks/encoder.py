@@ -1,4 +1,4 @@
-"""The encoder that a task takes over from pre-training, the joined feature it gives each voxel, and how it is loaded."""
+"""The encoder that a task takes over from pre-training, how it is loaded, and the joined feature it gives each voxel."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from picture3d.errors import CheckpointError
+from picture3d.models.cylinder_encoder import point_encoder
 from picture3d.models.dsvt import Dsvt, DsvtConfig
-from picture3d.models.voxel_encoder import VoxelEncoder
 from picture3d.ops.scatter import gather_rows
 from picture3d.ops.voxelize import VoxelAssignment
 from picture3d.structures.batch import PointBatch
+from picture3d.structures.cylinder import CylinderGrid
 from picture3d.structures.voxels import VoxelGrid
 from picture3d.training.checkpoint import LoadReport, load_into
 from picture3d.training.weights_import import load_any_weights
@@ -35,14 +36,11 @@ class JoinedFeatures:
     point_features: Tensor  # (K, C) of the point encoder, before the maximum over each voxel
 
 
-class JoinedEncoder(nn.Module):
-    """Point encoder and DSVT under their pre-training names, joined so that each voxel keeps its height.
-
-    The last stage of DSVT has one token per pillar: what is on the ground and what is above it share one. The feature after
-    stage 0 still belongs to one voxel. Both together are what the segmentation head and the linear probe look at.
+class TaskEncoder(nn.Module):
+    """Point encoder and DSVT under their pre-training names, ``vfe`` and ``backbone_3d``: what every task begins with.
 
     Args:
-        grid: range and voxel size.
+        grid: range and voxel size, of x, y, z or of a cylinder.
         in_features: point features used beside x, y, z.
         backbone: the DSVT encoder; its width is C.
         pillars: encode pillars instead of voxels.
@@ -54,8 +52,16 @@ class JoinedEncoder(nn.Module):
     def __init__(self, grid: VoxelGrid, in_features: int, backbone: DsvtConfig, *, pillars: bool = False) -> None:
         super().__init__()
         self.grid = grid
-        self.vfe = VoxelEncoder(in_features, backbone.channels, grid, pillars, momentum=backbone.point_norm_momentum)
+        self.vfe = point_encoder(in_features, backbone.channels, grid, pillars, momentum=backbone.point_norm_momentum)
         self.backbone_3d = Dsvt(backbone, self.vfe.grid_shape)
+
+
+class JoinedEncoder(TaskEncoder):
+    """An encoder whose voxels keep their height.
+
+    The last stage of DSVT has one token per pillar: what is on the ground and what is above it share one. The feature after
+    stage 0 still belongs to one voxel. Both together are what the segmentation head and the linear probe look at.
+    """
 
     @property
     def joined_channels(self) -> int:
@@ -93,7 +99,7 @@ class EncoderReport:
 
 
 def load_encoder(
-    network: JoinedEncoder, source: Path, *, allow_partial: bool = False, inputs: Mapping[str, Any] | None = None
+    network: TaskEncoder, source: Path, *, allow_partial: bool = False, inputs: Mapping[str, Any] | None = None
 ) -> EncoderReport:
     """Takes over the encoder of a pre-training (or of another task) by name; everything else in `network` stays as it is.
 
@@ -144,7 +150,7 @@ def _by_part(names: Iterable[str]) -> str:
     return ", ".join(f"{count} of {part}" for part, count in counts.items())
 
 
-def _differences(network: JoinedEncoder, config: Any, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+def _differences(network: TaskEncoder, config: Any, inputs: Mapping[str, Any]) -> tuple[str, ...]:
     """Settings of the encoder in a saved config that differ from the network's; none if the config does not tell."""
     config = config if isinstance(config, dict) else {}
     here: dict[str, Any] = {
@@ -158,6 +164,7 @@ def _differences(network: JoinedEncoder, config: Any, inputs: Mapping[str, Any])
         "grid.voxel_size": list(grid.voxel_size),
         "grid.z": [grid.range_min[2], grid.range_max[2]],
         "grid.pillars": network.vfe.pillars,
+        "grid.cylinder": isinstance(grid, CylinderGrid),
     }
     here |= {f"data.{key}": value for key, value in inputs.items()}
     there = {f"{part}.{key}": value for part in ("encoder", "data") for key, value in _tree(config, part).items()}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from picture3d.ops.cylinder import cylinder_centers_m
 from picture3d.ops.voxelize import VoxelAssignment
 from picture3d.structures.batch import PointBatch
+from picture3d.structures.cylinder import CylinderGrid
 from picture3d.structures.voxels import VoxelGrid
 
 NO_ANSWER = 0  # scored as a miss
@@ -57,6 +59,8 @@ def classes_of_points(
 
 def _voxel_centres_m(assignment: VoxelAssignment, grid: VoxelGrid) -> Tensor:
     """(M, 3) float32 metres; a pillar, which is one cell high, has its centre at half its height."""
+    if isinstance(grid, CylinderGrid):
+        return cylinder_centers_m(assignment.coords[:, 1:], grid)
     low = torch.tensor(grid.range_min, device=assignment.coords.device)
     size = torch.tensor(grid.voxel_size, device=assignment.coords.device)
     return (assignment.coords[:, 1:].float() + 0.5) * size + low

@@ -30,17 +30,8 @@ from picture3d.ops.scatter import gather_rows, segment_mean
 from picture3d.ops.voxelize import VoxelAssignment
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.voxels import VoxelGrid
-from picture3d.tasks.encoder import EncoderReport, JoinedEncoder, load_encoder
+from picture3d.tasks.encoder import JoinedEncoder
 from picture3d.tasks.outside import classes_of_points
-
-__all__ = [
-    "EncoderReport",
-    "SegmentationNet",
-    "SegmentationTask",
-    "SegmentationTaskConfig",
-    "evaluate_segmentation",
-    "load_encoder",
-]
 
 IGNORED = 0  # training class 0: no part of losses and scores, never predicted
 

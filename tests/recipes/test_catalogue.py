@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from picture3d.commands.build import build_picture, build_segmentation, training_batches
+from picture3d.commands.build import build_detection, build_network, build_picture, build_segmentation, training_batches
 from picture3d.errors import ConfigError
 from picture3d.recipes.catalogue import (
+    DETECTION,
     PRETRAINING,
     SEGMENTATION,
     any_recipe,
+    detection_recipe,
     pretraining_recipe,
     segmentation_recipe,
     tiny,
@@ -27,7 +30,7 @@ from picture3d.training.loop import fit
 from picture3d.training.runlog import RunFolder
 from tests.datasets.made_frames import made_frame, write_made_dataset
 
-NAMES = [*PRETRAINING, *SEGMENTATION]
+NAMES = [*PRETRAINING, *SEGMENTATION, *DETECTION]
 
 
 class OctantTeacher:
@@ -54,7 +57,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pose = Pose.from_yaw(0.02 * index, (0.5 * index, 0.0, 0.0))
             last = index % 2 == 1
             changes = {"global_from_ego": pose, "is_keyframe": last}
-            yield made_frame(log, index, points=600, seed=seed, **(changes if last else {**changes, "labels": None}))
+            frame = made_frame(log, index, points=600, seed=seed, **(changes if last else {**changes, "labels": None}))
+            assert frame.boxes is not None
+            categories = ("vehicle.car", "pedestrian", "Vehicle")  # classes of both detectors
+            yield replace(frame, boxes=replace(frame.boxes, category=categories) if last else None)
 
     root = tmp_path_factory.mktemp("recipes") / "prepared"
     logs = {log: list(sweeps(log, seed)) for seed, log in enumerate(["log-a", "log-b", "log-c"])}
@@ -81,8 +87,7 @@ def test_a_recipe_passes_its_own_checks(name):
 def test_a_recipe_builds_at_full_size(name):
     config = any_recipe(name, Path("prepared"))
     with torch.device("meta"):
-        build = build_picture if isinstance(config, PretrainConfig) else build_segmentation
-        module = build(config, torch.device("meta")).module  # pyright: ignore[reportArgumentType]
+        module = build_network(config, torch.device("meta"))
     assert sum(p.numel() for p in module.parameters()) > 50_000
     assert all(p.is_meta for p in module.parameters())
 
@@ -126,6 +131,22 @@ def test_a_shrunk_segmentation_recipe_trains(name, prepared, tmp_path):
     assert all(np.isfinite(value) for value in result.losses.values())
 
 
+@pytest.mark.parametrize("name", DETECTION)
+def test_a_shrunk_detection_recipe_trains_and_finds(name, prepared, tmp_path):
+    config = tiny(detection_recipe(name, prepared))
+    task = build_detection(config, torch.device("cpu"))
+    batches = training_batches(config, None)
+    run = RunFolder(tmp_path / "run")
+    run.claim(config)
+    result = fit(task, batches, config.training, run)
+    assert result.steps == 2
+    assert {"total", "heatmap", "iou"} <= set(result.losses)
+    assert all(np.isfinite(value) for value in result.losses.values())
+    found = task.predict(batches.batch(0, 0))
+    assert len(found) == 1
+    assert found[0].boxes.isfinite().all()
+
+
 def test_a_recipe_with_two_extra_features_feeds_them_to_the_network(prepared):
     config = tiny(pretraining_recipe("waymo-picture", prepared))
     batch = training_batches(config, None).batch(0, 0)
@@ -149,9 +170,18 @@ def test_the_town_runs_differ_in_their_loss_alone():
     assert {key for key in picture if picture[key] != coordinates[key]} == {"recipe", "loss"}
 
 
-def test_a_pretrained_encoder_fits_the_segmentation_recipe_of_its_family():
-    for pre, seg in (("town-picture", "town-segmentation"), ("nuscenes-picture", "nuscenes-segmentation")):
-        a, b = pretraining_recipe(pre, Path("p")), segmentation_recipe(seg, Path("p"))
+def test_a_pretrained_encoder_fits_the_recipes_of_its_family():
+    families = (
+        ("town-picture", "town-segmentation"),
+        ("nuscenes-picture", "nuscenes-segmentation"),
+        ("nuscenes-cylinder-picture", "nuscenes-cylinder-segmentation"),
+        ("town-picture", "town-detection"),
+        ("waymo-picture", "waymo-detection"),
+        ("waymo-picture-20", "waymo-detection"),
+        ("nuscenes-pillar-picture", "nuscenes-detection"),
+    )
+    for pre, task in families:
+        a, b = any_recipe(pre, Path("p")), any_recipe(task, Path("p"))
         assert (a.encoder, a.grid, a.data.features, a.data.sweeps, a.data.intensity_scale) == (
             b.encoder,
             b.grid,
