@@ -188,6 +188,21 @@ def unpack_varints(data: bytes | memoryview, where: str = "message", offset: int
     return np.add.reduceat((raw & 0x7F).astype(np.uint64) << (7 * place).astype(np.uint64), starts)
 
 
+def pack_varints(values: NDArray[np.integer]) -> bytes:
+    """The varints of many integers of an array of any shape, row by row, vectorised; negative ones as :func:`write_varint`."""
+    numbers = np.ascontiguousarray(values).astype(np.int64).view(np.uint64).ravel()
+    if numbers.size and numbers.max() < 0x80:
+        return numbers.astype(np.uint8).tobytes()
+    # One row of ten 7-bit digits per number; what lies beyond its highest digit is left out.
+    widest = (int(numbers.max()).bit_length() + 6) // 7 if numbers.size else 1
+    digits = (numbers[:, None] >> (7 * np.arange(widest, dtype=np.uint64))) & np.uint64(0x7F)
+    lengths = np.maximum(widest - (digits[:, ::-1] != 0).argmax(1), 1)
+    lengths[numbers == 0] = 1
+    place = np.arange(widest)
+    digits |= np.where(place < lengths[:, None] - 1, np.uint64(0x80), np.uint64(0))
+    return digits[place < lengths[:, None]].astype(np.uint8).tobytes()
+
+
 def write_varint(value: int) -> bytes:
     """A varint; negative numbers as two's complement of 64 bits."""
     value &= 0xFFFF_FFFF_FFFF_FFFF

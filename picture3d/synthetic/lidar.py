@@ -56,6 +56,30 @@ def _fan(azimuths: int, beams: int, lowest_deg: float, highest_deg: float) -> Ra
     return ray_fan(azimuths, np.radians(np.linspace(lowest_deg, highest_deg, beams)))
 
 
+class Echoes(Protocol):
+    """How well a sensor sees. A return is seen with probability 1 - exp(-signal), see :class:`SpinningLidar`."""
+
+    @property
+    def max_range_m(self) -> float:
+        """Returns from farther away are not seen."""
+        ...
+
+    @property
+    def range_sigma_m(self) -> float:
+        """Standard deviation of a measured range."""
+        ...
+
+    @property
+    def reach(self) -> float:
+        """Strength of the signal."""
+        ...
+
+    @property
+    def blind_share(self) -> float:
+        """Share of returns lost for no reason."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledSweep:
     """One sweep with the truth about every point. Rows go azimuth by azimuth, in each from the lowest ring up."""
@@ -64,6 +88,64 @@ class LabelledSweep:
     labels: NDArray[np.uint8]  # (N,) lidarseg category index, 0..31
     instances: NDArray[np.uint16]  # (N,) instance number of the town, 0 = scenery
     visible_share: NDArray[np.float32]  # (I + 1,) by instance: share of its silhouette's rays that reach it; 0 where none could
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Surfaces:
+    """What rays of a fan met: n of them, each within the sensor's range."""
+
+    rays: NDArray[np.intp]  # (n,) number of the ray in its fan
+    range_m: NDArray[np.float32]  # (n,) true range
+    solid: NDArray[np.bool_]  # (n,) a primitive; otherwise the ground
+    primitive: NDArray[np.int32]  # (n,) row of the primitive, 0 on the ground
+    cover: NDArray[np.uint8]  # (n,) code of the ground's cover, without meaning on primitives
+    cosine: NDArray[np.float32]  # (n,) of the angle of incidence
+
+    def of(self, near: Primitives, on_primitive: NDArray, on_ground: NDArray) -> NDArray:
+        """(n,) values: `on_primitive` (P,) of the primitive met, or `on_ground` (covers,) of the cover."""
+        ground = on_ground[self.cover]
+        return np.where(self.solid, on_primitive[self.primitive], ground) if len(near) else ground
+
+
+def look(
+    near: Primitives, ground: Ground, global_from_fan: Pose, fan: RayFan, max_range_m: float, rng: np.random.Generator
+) -> tuple[Surfaces, Hits, NDArray[np.float32], NDArray[np.uint8]]:
+    """What the rays of `fan`, leaving `global_from_fan`, meet first.
+
+    Returns:
+        the surfaces, all hits on the primitives `near` (global frame), and for every ray range and cover where it meets the
+        ground.
+    """
+    origin, rotation = global_from_fan.translation, global_from_fan.rotation
+    hits = cast(fan, near.seen_from(rotation, origin), rng)
+    ground_m, cover, ground_cosine = ground.cast(origin, (fan.directions @ rotation.T.astype(np.float32)), max_range_m)
+    solid = hits.range_m <= ground_m
+    range_m = np.minimum(hits.range_m, ground_m)
+    rays = np.flatnonzero(range_m < max_range_m)
+    solid = solid[rays]
+    met = Surfaces(
+        rays=rays,
+        range_m=range_m[rays],
+        solid=solid,
+        primitive=np.where(solid, hits.primitive[rays], 0),
+        cover=cover[rays],
+        cosine=np.where(solid, hits.cosine[rays], ground_cosine[rays]),
+    )
+    return met, hits, ground_m, cover
+
+
+def measure(
+    met: Surfaces, near: Primitives, sensor: Echoes, rng: np.random.Generator
+) -> tuple[NDArray[np.intp], NDArray[np.float32], NDArray[np.float32]]:
+    """Rows (m,) of `met` that the sensor sees, their measured ranges (m,) and intensities (m,), whole numbers 0..255."""
+    brightness = met.of(near, near.reflectivity, COVER_REFLECTIVITY) * (0.35 + 0.65 * met.cosine)
+    soft = met.of(near, np.zeros(max(len(near), 1), np.float32), COVER_ROUGHNESS)
+    signal = sensor.reach * (brightness + 4) * (0.15 + met.cosine) * (2 / np.maximum(met.range_m, 2)) ** 2
+    seen = np.flatnonzero(rng.random(len(met.rays), dtype=np.float32) < (1 - sensor.blind_share) * -np.expm1(-signal))
+    noise = rng.standard_normal((3, len(seen)), dtype=np.float32)
+    measured = met.range_m[seen] + noise[0] * np.float32(sensor.range_sigma_m) + np.abs(noise[1]) * soft[seen]
+    intensity = np.clip(np.rint(brightness[seen] * np.exp(0.3 * noise[2])), 0, 255).astype(np.float32)
+    return seen, measured, intensity
 
 
 def scan(
@@ -75,38 +157,24 @@ def scan(
 ) -> LabelledSweep:
     """One turn of the sensor at `global_from_lidar`. All randomness comes from `rng`."""
     fan = lidar.fan()
-    origin, rotation = global_from_lidar.translation, global_from_lidar.rotation
-    near = town.primitives_near(float(origin[0]), float(origin[1]), lidar.max_range_m, time_s)
-    hits = cast(fan, near.seen_from(rotation, origin), rng)
-    ground_m, cover, ground_cosine = town.ground.cast(
-        origin, (fan.directions @ rotation.T.astype(np.float32)), lidar.max_range_m
-    )
-    solid = hits.range_m <= ground_m
-    range_m = np.minimum(hits.range_m, ground_m)
-    rays = np.flatnonzero(range_m < lidar.max_range_m)
-    range_m, solid, which = range_m[rays], solid[rays], np.maximum(hits.primitive[rays], 0)
-    if len(near):
-        labels = np.where(solid, near.label[which], COVER_LABEL[cover[rays]])
-        instances = np.where(solid, near.instance[which], 0).astype(np.uint16)
-        brightness = np.where(solid, near.reflectivity[which], COVER_REFLECTIVITY[cover[rays]])
-        soft = np.where(solid, 0, COVER_ROUGHNESS[cover[rays]])
-    else:
-        labels, instances = COVER_LABEL[cover[rays]], np.zeros(len(rays), np.uint16)
-        brightness, soft = COVER_REFLECTIVITY[cover[rays]], COVER_ROUGHNESS[cover[rays]]
-    cosine = np.where(solid, hits.cosine[rays], ground_cosine[rays])
-    brightness = brightness * (0.35 + 0.65 * cosine)
-    signal = lidar.reach * (brightness + 4) * (0.15 + cosine) * (2 / np.maximum(range_m, 2)) ** 2
-    seen = np.flatnonzero(rng.random(len(rays), dtype=np.float32) < (1 - lidar.blind_share) * -np.expm1(-signal))
-    noise = rng.standard_normal((3, len(seen)), dtype=np.float32)
-    measured = range_m[seen] + noise[0] * np.float32(lidar.range_sigma_m) + np.abs(noise[1]) * soft[seen].astype(np.float32)
-    intensity = np.clip(np.rint(brightness[seen] * np.exp(0.3 * noise[2])), 0, 255).astype(np.float32)
+    x, y = float(global_from_lidar.translation[0]), float(global_from_lidar.translation[1])
+    near = town.primitives_near(x, y, lidar.max_range_m, time_s)
+    met, hits, _, _ = look(near, town.ground, global_from_lidar, fan, lidar.max_range_m, rng)
+    seen, measured, intensity = measure(met, near, lidar, rng)
+    labels = met.of(near, near.label, COVER_LABEL)
+    instances = met.of(near, near.instance, np.zeros(len(COVER_LABEL), np.uint16))
     points = PointCloud(
-        xyz=fan.directions[rays[seen]] * measured[:, None],
+        xyz=fan.directions[met.rays[seen]] * measured[:, None],
         intensity=intensity,
         intensity_unit=IntensityUnit.RAW_255,
-        ring=(rays[seen] % fan.rings).astype(np.int16),
+        ring=(met.rays[seen] % fan.rings).astype(np.int16),
     )
-    return LabelledSweep(points, labels[seen].astype(np.uint8), instances[seen], _visible_share(hits, near, solid, rays))
+    return LabelledSweep(
+        points,
+        labels[seen].astype(np.uint8),
+        instances[seen].astype(np.uint16),
+        _visible_share(hits, near, met.solid, met.rays),
+    )
 
 
 def _visible_share(hits: Hits, near: Primitives, solid: NDArray[np.bool_], rays: NDArray[np.intp]) -> NDArray[np.float32]:

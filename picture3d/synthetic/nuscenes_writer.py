@@ -18,30 +18,24 @@ and `unfinished/` is removed. A run that was killed goes on with the first unfin
 from __future__ import annotations
 
 import json
-import multiprocessing
-import queue
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from picture3d.errors import ConfigError, DataError
-from picture3d.files import read_json_object, whole_file, write_json
+from picture3d.files import whole_file, write_json
 from picture3d.synthetic.drive import DriveConfig, DriveStep, drive_step
 from picture3d.synthetic.ground import OTHER_FLAT, TERRAIN
 from picture3d.synthetic.nuscenes_rows import SCENE_TABLES, Row, SceneJob, SceneRows, map_filename, shared_tables, town_seed
+from picture3d.synthetic.scene_jobs import SPLITS_FILE, Progress, check_counts, refuse_other, run_jobs
 from picture3d.synthetic.world import Town, build_town
 
-SPLITS_FILE = "picture3d_splits.json"
 # Raised when the same seed gives another town, so that a dataset is never finished by a generator that did not begin it.
 GENERATOR = 1
-Progress = Callable[[int, int], None]
 
 _UNFINISHED = "unfinished"
 _MARKER = "finished.json"
@@ -78,7 +72,9 @@ def write_nuscenes(
         ConfigError: for impossible numbers, or if `root` holds a dataset of other settings.
         DataError: if a file cannot be written.
     """
-    _check(scenes, keyframes_per_scene, sweeps_per_keyframe, val_scenes, processes)
+    check_counts(scenes=scenes, frames=("keyframes_per_scene", keyframes_per_scene), val_scenes=val_scenes, processes=processes)
+    if sweeps_per_keyframe < 0:
+        raise ConfigError(f"sweeps_per_keyframe = {sweeps_per_keyframe}: at least 0 is needed.")
     config = config.model_copy(update={"keyframes": keyframes_per_scene, "sweeps_per_keyframe": sweeps_per_keyframe})
     names = [f"scene-{k:04d}" for k in range(1, scenes + 1)]
     settings: Row = {
@@ -92,13 +88,13 @@ def write_nuscenes(
     total = scenes * config.sweeps
     report = progress or (lambda done, total: None)
     if (root / SPLITS_FILE).exists():
-        _refuse_other(root / SPLITS_FILE, settings)
+        refuse_other(root / SPLITS_FILE, settings)
         shutil.rmtree(root / _UNFINISHED, ignore_errors=True)
         report(total, total)
         return
     plan = root / _UNFINISHED / "settings.json"
     if plan.exists():
-        _refuse_other(plan, settings)
+        refuse_other(plan, settings)
     else:
         _refuse_foreign(root, version)
         write_json(plan, settings)
@@ -106,64 +102,12 @@ def write_nuscenes(
     missing = [job for job in jobs if not (_rows_folder(root, job.name) / _MARKER).exists()]
     done = (len(jobs) - len(missing)) * config.sweeps
     report(done, total)
-    for written in _run(missing, processes):
+    for written in run_jobs(_write_scene, missing, processes):
         done += written
         report(done, total)
     _write_tables(root, version, seed, names)
     write_json(root / SPLITS_FILE, settings)
     shutil.rmtree(root / _UNFINISHED)
-
-
-# -- running scenes ---------------------------------------------------------------------------------------------------
-
-
-def _run(jobs: list[SceneJob], processes: int) -> Iterator[int]:
-    """Writes all jobs; yields the number of sweeps finished since the last time."""
-    if processes == 1 or len(jobs) < 2:
-        for job in jobs:
-            yield from _write_scene(job)
-        return
-    # "spawn" is the one way that is safe beside threads (BLAS, progress bars) and the same on every system.
-    context = multiprocessing.get_context("spawn")
-    ticks, stop = context.Queue(), context.Event()
-    with ProcessPoolExecutor(
-        min(processes, len(jobs)), mp_context=context, initializer=_set_worker, initargs=(ticks, stop)
-    ) as pool:
-        futures = [pool.submit(_write_scene_in_worker, job) for job in jobs]
-        try:
-            while not all(future.done() for future in futures) or not ticks.empty():
-                try:
-                    yield ticks.get(timeout=0.2)
-                except queue.Empty:
-                    for future in futures:
-                        if future.done():
-                            future.result()
-            for future in futures:
-                future.result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                "A process that wrote a scene was ended from outside, perhaps for want of memory. "
-                "Run again with fewer processes: finished scenes are kept."
-            ) from error
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-_ticks: Any = None
-_stop: Any = None
-
-
-def _set_worker(ticks: Any, stop: Any) -> None:
-    global _ticks, _stop
-    _ticks, _stop = ticks, stop
-
-
-def _write_scene_in_worker(job: SceneJob) -> None:
-    for written in _write_scene(job):
-        _ticks.put(written)
-        if _stop.is_set():
-            return
 
 
 # -- one scene --------------------------------------------------------------------------------------------------------
@@ -244,34 +188,6 @@ def _rows_folder(root: Path, scene: str) -> Path:
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
-
-
-def _check(scenes: int, keyframes: int, between: int, val_scenes: int, processes: int) -> None:
-    for name, value, least in (
-        ("scenes", scenes, 1),
-        ("keyframes_per_scene", keyframes, 1),
-        ("sweeps_per_keyframe", between, 0),
-        ("val_scenes", val_scenes, 0),
-        ("processes", processes, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"{name} = {value}: at least {least} is needed.")
-    if scenes > 9999:
-        raise ConfigError(f"scenes = {scenes}: town seeds are told apart for up to 9999 scenes; use another seed for more.")
-    if val_scenes > scenes:
-        raise ConfigError(
-            f"val_scenes = {val_scenes}, but there are only {scenes} scenes. Ask for fewer, or write more scenes."
-        )
-
-
-def _refuse_other(path: Path, settings: Row) -> None:
-    found = read_json_object(path, max_bytes=1 << 24)
-    different = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
-    if different:
-        raise ConfigError(
-            f"{path} belongs to a dataset of other settings ({', '.join(different)} differ). "
-            "Choose another folder, remove this one, or repeat the command with its settings."
-        )
 
 
 def _refuse_foreign(root: Path, version: str) -> None:

@@ -22,16 +22,31 @@ _SLACK_RAD = 1e-4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RayFan:
-    """A spinning sensor's rays: azimuth a turns clockwise from -x, ring r goes up; ray number = a * rings + r."""
+    """A spinning sensor's rays: azimuth a turns clockwise from -x, ring r goes up; ray number = a * rings + r.
 
-    directions: Float32Array  # (A * R, 3) unit vectors in the LiDAR frame (x right, y forward, z up)
+    A sector holds the C columns from azimuth `first` on, and numbers its rays from there.
+    """
+
+    directions: Float32Array  # (C * R, 3) unit vectors in the LiDAR frame (x right, y forward, z up)
     elevations: NDArray[np.float64]  # (R,) radians, ascending
-    azimuths: int
+    azimuths: int  # A, of the whole turn
+    first: int = 0  # azimuth of the first column
 
     @property
     def rings(self) -> int:
         """Number of beams R."""
         return len(self.elevations)
+
+    @property
+    def columns(self) -> int:
+        """Number of azimuths C that there are rays for; A for a whole turn."""
+        return len(self.directions) // self.rings
+
+    def sector(self, first: int, columns: int) -> RayFan:
+        """The rays of `columns` azimuths from `first` on, past the end of the turn too, of a whole turn."""
+        turn = self.directions.reshape(self.azimuths, self.rings, 3)
+        chosen = turn[(first + np.arange(columns)) % self.azimuths]
+        return RayFan(np.ascontiguousarray(chosen.reshape(-1, 3)), self.elevations, self.azimuths, first % self.azimuths)
 
 
 def ray_fan(azimuths: int, elevations_rad: NDArray[np.float64]) -> RayFan:
@@ -58,6 +73,7 @@ class Hits:
     cosine: Float32Array  # (rays,) of the angle between ray and surface normal, 1 where nothing was hit
     every_ray: Int32Array  # (H,) ray of every hit, hidden ones included
     every_primitive: Int32Array  # (H,) primitive of every hit
+    every_range_m: Float32Array  # (H,) range of every hit
 
 
 def cast(fan: RayFan, primitives: Primitives, rng: np.random.Generator) -> Hits:
@@ -105,7 +121,8 @@ def cast(fan: RayFan, primitives: Primitives, rng: np.random.Generator) -> Hits:
         cosine[seen] = _cosine(fan.directions[seen], nearest[seen], first[seen], primitives, to_unit, origin)
     else:
         every_ray = every_primitive = np.zeros(0, np.int32)
-    return Hits(nearest, first, cosine, every_ray, every_primitive)
+        ranges = np.zeros(0, np.float32)
+    return Hits(nearest, first, cosine, every_ray, every_primitive, ranges)
 
 
 def _unit_frames(primitives: Primitives) -> tuple[Float32Array, Float32Array]:
@@ -116,7 +133,7 @@ def _unit_frames(primitives: Primitives) -> tuple[Float32Array, Float32Array]:
 
 
 def _windows(fan: RayFan, primitives: Primitives) -> NDArray[np.int64]:
-    """(P, 4): first azimuth, number of azimuths, first ring, number of rings that can meet each primitive."""
+    """(P, 4): first column, number of columns, first ring, number of rings that can meet each primitive."""
     centre = primitives.center.T.astype(np.float32)
     edges = (primitives.rotation * primitives.half[:, None, :]).astype(np.float32)  # columns: half edges
     # Corners first, primitives last: numpy reduces over a short first axis much faster than over a short last one.
@@ -142,7 +159,22 @@ def _windows(fan: RayFan, primitives: Primitives) -> NDArray[np.int64]:
     first = np.ceil((np.pi - middle - turn.max(0) - _SLACK_RAD) * per_radian).astype(np.int64)
     last = np.floor((np.pi - middle - turn.min(0) + _SLACK_RAD) * per_radian).astype(np.int64)
     count = np.where(around, fan.azimuths, np.clip(last - first + 1, 0, fan.azimuths))
-    return np.stack([first % fan.azimuths, count, first_ring, np.maximum(rings, 0)], 1)
+    first, count = _within_sector(fan, first, count)
+    return np.stack([first, count, first_ring, np.maximum(rings, 0)], 1)
+
+
+def _within_sector(
+    fan: RayFan, first: NDArray[np.int64], count: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Windows of azimuths as first column and number of columns of the fan."""
+    first = (first - fan.first) % fan.azimuths
+    if fan.columns == fan.azimuths:
+        return first, count
+    past_the_turn = first + count - fan.azimuths  # > 0: the window comes round to column 0
+    tail = np.clip(fan.columns - first, 0, count)
+    begin = np.where(past_the_turn > 0, 0, np.minimum(first, fan.columns - 1))
+    # A window that enters the sector at both ends takes all of it.
+    return begin, np.where(past_the_turn > 0, np.where(tail > 0, fan.columns, np.minimum(past_the_turn, fan.columns)), tail)
 
 
 def _candidates(fan: RayFan, window: NDArray[np.int64]) -> tuple[Int32Array, NDArray[np.int64]]:

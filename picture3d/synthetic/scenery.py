@@ -7,6 +7,9 @@ import numpy as np
 from picture3d.synthetic.primitives import BOX, CYLINDER, ELLIPSOID, Parts, part
 
 Rng = np.random.Generator
+# What is made of solid boxes of these reflectivities, and is not annotated, are plates of signs and lamps of traffic lights.
+SIGN_PLATE_REFLECTIVITY = 170.0
+TRAFFIC_LIGHT_REFLECTIVITY = 12.0
 
 
 def building(rng: Rng, length: float, width: float, height: float) -> Parts:
@@ -91,7 +94,7 @@ def sign(rng: Rng) -> Parts:
     return np.array(
         [
             part(CYLINDER, (0, 0, tall / 2), (0.04, 0.04, tall / 2), reflectivity=35.0),
-            part(BOX, (0, 0, tall - size * 0.5), (0.02, size, size), reflectivity=170.0),
+            part(BOX, (0, 0, tall - size * 0.5), (0.02, size, size), reflectivity=SIGN_PLATE_REFLECTIVITY),
         ]
     )
 
@@ -120,12 +123,12 @@ def traffic_light(rng: Rng) -> Parts:
     tall = 5.6 if rng.random() < 0.5 else 3.2
     rows = [
         part(CYLINDER, (0, 0, tall / 2), (0.09, 0.09, tall / 2), reflectivity=30.0),
-        part(BOX, (0, 0, 2.7), (0.16, 0.16, 0.45), reflectivity=12.0),
+        part(BOX, (0, 0, 2.7), (0.16, 0.16, 0.45), reflectivity=TRAFFIC_LIGHT_REFLECTIVITY),
     ]
     if tall > 5:
         rows += [
             part(BOX, (0, 2.2, tall), (0.06, 2.2, 0.06), reflectivity=30.0),
-            part(BOX, (0, 4.2, tall - 0.3), (0.16, 0.16, 0.45), reflectivity=12.0),
+            part(BOX, (0, 4.2, tall - 0.3), (0.16, 0.16, 0.45), reflectivity=TRAFFIC_LIGHT_REFLECTIVITY),
         ]
     return np.array(rows)
 

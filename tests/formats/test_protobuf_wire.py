@@ -66,3 +66,15 @@ def test_any_bytes_are_read_or_refused_in_our_own_words(data):
     except DataError as error:
         said = str(error)
     assert "noise" in said
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 300), max_size=40))
+def test_many_numbers_are_packed_as_one_after_the_other(values: list[int]):
+    assert wire.pack_varints(np.array(values, dtype=np.int64)) == b"".join(wire.write_varint(value) for value in values)
+
+
+def test_packing_takes_images_row_by_row():
+    image = np.array([[1, 300], [0, 127]], dtype=np.int32)
+    assert wire.pack_varints(image) == bytes([1, 0xAC, 2, 0, 127])
+    assert wire.pack_varints(np.asfortranarray(image)) == bytes([1, 0xAC, 2, 0, 127])
+    assert wire.pack_varints(np.zeros((0, 2), np.int32)) == b""

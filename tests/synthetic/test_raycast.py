@@ -126,3 +126,29 @@ def test_nothing_gives_no_hits():
     assert np.isinf(hits.range_m).all()
     assert (hits.primitive == -1).all()
     assert len(hits.every_ray) == 0
+
+
+@pytest.mark.parametrize(("first", "columns"), [(0, 271), (1000, 200), (541, 1), (900, 1083), (1085, 1084)])
+def test_a_sector_sees_what_the_whole_turn_sees_there(first, columns):
+    rng = np.random.default_rng(5)
+    rows = [
+        part(kind, tuple(rng.uniform(-9, 9, 3)), tuple(rng.uniform(0.2, 3, 3)), reflectivity=1, yaw=rng.uniform(0, 6))
+        for kind in (BOX, CYLINDER, ELLIPSOID)
+        for _ in range(25)
+    ]
+    rows.append(part(BOX, (0, 0, -3), (5, 5, 0.1), reflectivity=1))  # below the sensor: every azimuth
+    things, small = one(*rows), np.random.default_rng(0)
+    sector = FAN.sector(first, columns)
+    assert sector.columns == columns
+    whole, part_of_it = cast(FAN, things, small), cast(sector, things, small)
+    there = (first + np.arange(columns)) % FAN.azimuths
+    assert np.array_equal(part_of_it.range_m, whole.range_m.reshape(-1, FAN.rings)[there].ravel())
+    assert np.array_equal(part_of_it.primitive, whole.primitive.reshape(-1, FAN.rings)[there].ravel())
+
+
+def test_every_hit_has_its_range():
+    things = one(part(BOX, (10, 0, 0), (1, 2, 1.5), reflectivity=1), part(BOX, (20, 0, 0), (1, 2, 1.5), reflectivity=1))
+    hits = cast(FAN, things, np.random.default_rng(0))
+    x = FAN.directions[hits.every_ray, 0] * hits.every_range_m
+    np.testing.assert_allclose(x, np.where(hits.every_primitive == 0, 9.0, 19.0), atol=1e-4)
+    assert set(hits.every_primitive.tolist()) == {0, 1}

@@ -1,0 +1,109 @@
+"""Scenes written side by side, and the refusals that all writers of towns share."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, TypeVar
+
+from picture3d.errors import ConfigError, DataError
+from picture3d.files import read_json_object
+
+# Written last into the root of a dataset: its settings, and which scenes are for training and which for validation.
+SPLITS_FILE = "picture3d_splits.json"
+Progress = Callable[[int, int], None]  # (frames done, frames in all)
+Job = TypeVar("Job")
+
+
+def run_jobs(write: Callable[[Job], Iterable[int]], jobs: list[Job], processes: int) -> Iterator[int]:
+    """Writes all jobs, `processes` at a time; yields what `write` yields: the number of frames finished since the last time.
+
+    Args:
+        write: a function of a module (workers find it by name) that writes one job.
+        jobs: picklable descriptions of what to write.
+        processes: 1 writes in this process, one job after the other.
+
+    Raises:
+        DataError: if a worker was ended from outside; else what `write` raises.
+    """
+    if processes == 1 or len(jobs) < 2:
+        for job in jobs:
+            yield from write(job)
+        return
+    # "spawn" is the one way that is safe beside threads (BLAS, progress bars) and the same on every system.
+    context = multiprocessing.get_context("spawn")
+    ticks, stop = context.Queue(), context.Event()
+    with ProcessPoolExecutor(
+        min(processes, len(jobs)), mp_context=context, initializer=_set_worker, initargs=(ticks, stop)
+    ) as pool:
+        futures = [pool.submit(_write_in_worker, write, job) for job in jobs]
+        try:
+            while not all(future.done() for future in futures) or not ticks.empty():
+                try:
+                    yield ticks.get(timeout=0.2)
+                except queue.Empty:
+                    for future in futures:
+                        if future.done():
+                            future.result()
+            for future in futures:
+                future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "A process that wrote a scene was ended from outside, perhaps for want of memory. "
+                "Run again with fewer processes: finished scenes are kept."
+            ) from error
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_ticks: Any = None
+_stop: Any = None
+
+
+def _set_worker(ticks: Any, stop: Any) -> None:
+    global _ticks, _stop
+    _ticks, _stop = ticks, stop
+
+
+def _write_in_worker(write: Callable[[Any], Iterable[int]], job: Any) -> None:
+    for written in write(job):
+        _ticks.put(written)
+        if _stop.is_set():
+            return
+
+
+def check_counts(*, scenes: int, frames: tuple[str, int], val_scenes: int, processes: int) -> None:
+    """Refuses impossible numbers; `frames` is name and value of the number of frames of a scene.
+
+    Raises:
+        ConfigError: naming the number.
+    """
+    for name, value, least in (("scenes", scenes, 1), (*frames, 1), ("val_scenes", val_scenes, 0), ("processes", processes, 1)):
+        if value < least:
+            raise ConfigError(f"{name} = {value}: at least {least} is needed.")
+    if scenes > 9999:
+        raise ConfigError(f"scenes = {scenes}: town seeds are told apart for up to 9999 scenes; use another seed for more.")
+    if val_scenes > scenes:
+        raise ConfigError(
+            f"val_scenes = {val_scenes}, but there are only {scenes} scenes. Ask for fewer, or write more scenes."
+        )
+
+
+def refuse_other(path: Path, settings: dict[str, Any]) -> None:
+    """Refuses to go on with a dataset of other settings than those in `path`.
+
+    Raises:
+        ConfigError: naming the settings that differ.
+    """
+    found = read_json_object(path, max_bytes=1 << 24)
+    different = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
+    if different:
+        raise ConfigError(
+            f"{path} belongs to a dataset of other settings ({', '.join(different)} differ). "
+            "Choose another folder, remove this one, or repeat the command with its settings."
+        )
