@@ -7,20 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from picture3d.datasets.detection_classes import CLASS_OF_CATEGORY
-from picture3d.datasets.prepared import FrameKey, PreparedDataset
+from picture3d.datasets.nuscenes_samples import sample_token
+from picture3d.datasets.prepared import PreparedDataset
 from picture3d.errors import DataError
 from picture3d.evaluation.nuscenes_detection import NuScenesScores, score_detections
-from picture3d.formats.nuscenes_results import (
-    ATTRIBUTES,
-    BICYCLE_RACK,
-    CLASSES,
-    RACK,
-    DetectionColumns,
-    read_labels,
-    read_results,
-    rotation_of_yaw,
-)
+from picture3d.evaluation.nuscenes_frames import labels_of_frame
+from picture3d.formats.nuscenes_results import CLASSES, DetectionColumns, read_labels, read_results
 
 _SHORT = ("ATE m", "ASE", "AOE rad", "AVE m/s", "AAE")
 
@@ -43,62 +35,29 @@ def score_nuscenes_detection(results: Path, *, labels: Path, split: str, bike_ra
     try:
         scores = score_detections(truth, found, bike_racks=bike_racks)
     except DataError as error:
-        hint = " Samples of prepared frames go by the frames' tokens." if labels.is_dir() else ""
+        hint = (
+            " Samples of prepared nuScenes go by their official tokens, of other data by the frames' tokens."
+            if labels.is_dir()
+            else ""
+        )
         raise DataError(f"{results}: {error}{hint}") from None
-    return json.dumps(scores.to_json(meta)) if as_json else _table(str(results), scores)
+    return json.dumps(scores.to_json(meta)) if as_json else table(str(results), scores)
 
 
 def prepared_labels(root: Path, split: str) -> DetectionColumns:
-    """The labels of every keyframe of a split of prepared nuScenes frames, in the global frame; samples are frame tokens.
-
-    Centres and sizes are exact. Headings and velocities were stored in the LiDAR's xy plane and are taken back as those of
-    things on level ground: at a tilt of 2 degrees a heading is right to 1e-3 rad, a velocity to the tilt times the speed
-    upwards.
+    """The labels of every keyframe of a split of prepared nuScenes frames; see `evaluation.nuscenes_frames`.
 
     Raises:
         DataError: if a keyframe has no pose or no boxes, or was prepared without attributes and radar counts.
     """
     dataset = PreparedDataset(root)
-    return DetectionColumns.join(_frame_labels(dataset, key) for key in dataset.keyframes(split))
-
-
-def _frame_labels(dataset: PreparedDataset, key: FrameKey) -> DetectionColumns:
-    frame = dataset.frame(key, {"boxes"})
-    boxes, ego, pose = frame.boxes, frame.global_from_ego, frame.global_from_lidar
-    if boxes is None or ego is None or pose is None:
-        raise DataError(
-            f"{dataset.root}: frame {key} has no {'boxes' if boxes is None else 'pose'}, so nothing can be scored on it."
-        )
-    if len(boxes) and (boxes.attribute is None or boxes.num_radar_points is None):
-        raise DataError(
-            f"{dataset.root}: frame {key} has no attributes and radar counts. Run `picture3d prepare nuscenes` again."
-        )
-    index = {name: CLASSES.index(target) for name, target in CLASS_OF_CATEGORY.items()} | {BICYCLE_RACK: RACK}
-    boxes = boxes.select(np.array([name in index for name in boxes.category], dtype=bool))
-    upward = -boxes.velocity @ pose.rotation[2, :2] / pose.rotation[2, 2]
-    velocity = np.column_stack([boxes.velocity, upward]) @ pose.rotation.T
-    forward = np.column_stack([np.cos(boxes.yaw), np.sin(boxes.yaw), np.zeros(len(boxes))]) @ pose.rotation.T
-    attributes = boxes.attribute or ()
-    unknown = set(attributes).difference(ATTRIBUTES, [""])
-    if unknown:
-        raise DataError(f"{dataset.root}: frame {key} has the attribute {min(unknown)!r}; known: {', '.join(ATTRIBUTES)}.")
-    radar = np.zeros(len(boxes), np.int32) if boxes.num_radar_points is None else boxes.num_radar_points
-    return DetectionColumns(
-        samples=(frame.token,),
-        sample=np.zeros(len(boxes), np.int64),
-        translation=boxes.center @ pose.rotation.T + pose.translation,
-        size=boxes.size,
-        rotation=rotation_of_yaw(np.arctan2(forward[:, 1], forward[:, 0])),
-        velocity=velocity[:, :2],
-        label=np.array([index[name] for name in boxes.category], dtype=np.int64),
-        score=np.full(len(boxes), -1.0),
-        attribute=np.array([ATTRIBUTES.index(name) if name else -1 for name in attributes], dtype=np.int64),
-        num_points=np.where(boxes.num_points < 0, -1, boxes.num_points + radar).astype(np.int64),
-        ego=ego.translation[None],
+    return DetectionColumns.join(
+        labels_of_frame(dataset.frame(key, {"boxes"}), sample_token(dataset, key)) for key in dataset.keyframes(split)
     )
 
 
-def _table(title: str, scores: NuScenesScores) -> str:
+def table(title: str, scores: NuScenesScores) -> str:
+    """Plain text: AP and errors per class, their means, mAP and NDS."""
     rows: list[tuple[str, ...]] = [("class", "AP %", *_SHORT, "labels", "predicted")]
     counts = zip(scores.labels, scores.predictions, strict=True)
     for name, ap, errors, (labels, predicted) in zip(CLASSES, scores.aps.mean(1), scores.errors, counts, strict=True):

@@ -8,23 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# The detection class of a nuScenes category; other categories do not count (nuScenes detection challenge).
-CLASS_OF_CATEGORY = {
-    "vehicle.car": "car",
-    "vehicle.truck": "truck",
-    "vehicle.bus.bendy": "bus",
-    "vehicle.bus.rigid": "bus",
-    "vehicle.trailer": "trailer",
-    "vehicle.construction": "construction_vehicle",
-    "human.pedestrian.adult": "pedestrian",
-    "human.pedestrian.child": "pedestrian",
-    "human.pedestrian.construction_worker": "pedestrian",
-    "human.pedestrian.police_officer": "pedestrian",
-    "vehicle.motorcycle": "motorcycle",
-    "vehicle.bicycle": "bicycle",
-    "movable_object.trafficcone": "traffic_cone",
-    "movable_object.barrier": "barrier",
-}
+from picture3d.formats.nuscenes_results import CLASS_OF_CATEGORY
 
 
 @dataclass(frozen=True, slots=True)

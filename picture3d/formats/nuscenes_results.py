@@ -48,6 +48,23 @@ ATTRIBUTES = (
     "vehicle.parked",
     "vehicle.stopped",
 )
+# The detection class of a nuScenes category; other categories do not count (nuScenes detection challenge).
+CLASS_OF_CATEGORY = {
+    "vehicle.car": "car",
+    "vehicle.truck": "truck",
+    "vehicle.bus.bendy": "bus",
+    "vehicle.bus.rigid": "bus",
+    "vehicle.trailer": "trailer",
+    "vehicle.construction": "construction_vehicle",
+    "human.pedestrian.adult": "pedestrian",
+    "human.pedestrian.child": "pedestrian",
+    "human.pedestrian.construction_worker": "pedestrian",
+    "human.pedestrian.police_officer": "pedestrian",
+    "vehicle.motorcycle": "motorcycle",
+    "vehicle.bicycle": "bicycle",
+    "movable_object.trafficcone": "traffic_cone",
+    "movable_object.barrier": "barrier",
+}
 BICYCLE_RACK = "static_object.bicycle_rack"
 RACK = len(CLASSES)  # the class index of a bicycle rack, in labels only
 MAX_BOXES = 500
