@@ -166,6 +166,36 @@ def check(
         raise typer.Exit(1)
 
 
+@data_app.command("objects")
+def data_objects(
+    prepared: Annotated[Path, typer.Argument(help="Folder of prepared frames with boxes.")],
+    sweeps: Annotated[int, typer.Option(min=1, help="Sweeps merged into a frame, the keyframe included.")] = 1,
+    split: Annotated[str, typer.Option(help="Whose objects are taken.")] = "train",
+    name: Annotated[str | None, typer.Option(help="Name of the database; SPLIT-<N>sweeps if not given.")] = None,
+    classes: Annotated[str, typer.Option(help="Keep these classes: nuscenes, waymo, or all categories.")] = "all",
+    every: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CLASS=N", help="Take a class from every N-th keyframe only. Repeatable."),
+    ] = None,
+    min_points: Annotated[int, typer.Option(min=1, help="Leave out objects with fewer points.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Logs done at the same time.")] = 1,
+) -> None:
+    """Cut all annotated objects out of prepared frames, to be pasted into other frames in training."""
+    from picture3d.commands.objects import objects as command
+
+    said = command(
+        prepared,
+        name=name,
+        split=split,
+        sweeps=sweeps,
+        classes=classes,
+        every=every or [],
+        min_points=min_points,
+        processes=processes,
+    )
+    _show(said)
+
+
 @data_app.command("info")
 def data_info(
     folder: Annotated[Path, typer.Argument(help="Folder of prepared frames.")],

@@ -13,7 +13,7 @@ HEAVY = ("torch", "numpy", "pydantic", "PIL", "safetensors", "picture3d.config",
 COMMANDS = [
     ["synth"], ["prepare"], ["prepare", "nuscenes"], ["prepare", "points"], ["targets"], ["pretrain"], ["finetune"],
     ["finetune", "segmentation"], ["finetune", "detection"], ["evaluate"], ["probe"], ["report"], ["recipes"], ["tensorboard"], ["demo"],
-    ["check"], ["data"], ["data", "info"], ["doctor"], ["prepare", "semantickitti"],
+    ["check"], ["data"], ["data", "info"], ["data", "objects"], ["doctor"], ["prepare", "semantickitti"],
     ["weights"], ["weights", "show"], ["weights", "import"], ["weights", "export"],
     ["score"], ["score", "nuscenes-detection"],
 ]  # fmt: skip

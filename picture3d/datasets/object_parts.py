@@ -1,4 +1,4 @@
-"""The objects of one log, cut out of its keyframes, and the partial file (`<log>.part`) that keeps them until all logs are done.
+"""The objects of one log, cut out of its keyframes, and the partial file (`<log>.part`) that keeps them until all are done.
 
 Layout of a partial file: one block per keyframe (the columns of its objects one after the other), a JSON index, a 32-byte
 trailer that says where the index is. Blocks, index and trailer carry a CRC-32C each.

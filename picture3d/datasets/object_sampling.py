@@ -54,6 +54,7 @@ class ObjectSampler:
         """
         self.config = config
         self.database = database
+        self.classes = classes
         for name in config.fill_to:
             if name not in classes.names:
                 guess = nearest(name, classes.names)
@@ -65,8 +66,8 @@ class ObjectSampler:
             raise ConfigError(f"{database.path}: tells no difficulty; set without_difficulties=[] for this dataset")
         if database.sweeps != data.sweeps and config.max_time_lag_s is None:
             raise ConfigError(
-                f"{database.path}: its objects hold the points of {database.sweeps} sweeps, the samples those of {data.sweeps}. "
-                f"Make one with `picture3d data objects --sweeps {data.sweeps}`, or set max_time_lag_s."
+                f"{database.path}: its objects hold the points of {database.sweeps} sweeps, the samples those of "
+                f"{data.sweeps}. Make one with `picture3d data objects --sweeps {data.sweeps}`, or set max_time_lag_s."
             )
         self._features = data.features
         self._scale = data.intensity_scale
@@ -87,7 +88,10 @@ class ObjectSampler:
 
         Raises:
             DataError: if the database is damaged, or holds intensities of an unknown unit.
+            ValueError: if `classes` are not those of the sampler.
         """
+        if classes != self.classes:
+            raise ValueError(f"the sampler was made for the classes {self.classes.names}, not for {classes.names}")
         if sample.boxes is None or sample.box_class is None:
             return sample
         standing = _table(sample.boxes)
@@ -116,7 +120,8 @@ class ObjectSampler:
         return _Drawn(found, class_index, np.flatnonzero(used))
 
     def _pasted(self, sample: Sample, pasted: Sequence[_Drawn]) -> Sample:
-        assert sample.boxes is not None and sample.box_class is not None
+        assert sample.boxes is not None
+        assert sample.box_class is not None
         boxes = np.stack([drawn.object.box for drawn in pasted])
         covered = inside_any(sample.xyz, boxes)
         scene = sample.select(np.flatnonzero(~covered)) if covered.any() else sample
