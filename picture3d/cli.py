@@ -54,14 +54,17 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest ch
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder to write the raw dataset into.")],
     scenes: Annotated[int, typer.Option(min=1, help="Scenes; each drives through a town of its own.")] = 10,
-    keyframes: Annotated[int, typer.Option(min=1, help="Keyframes per scene, at 2 Hz.")] = 40,
-    sweeps_per_keyframe: Annotated[int, typer.Option(min=0, max=9, help="Sweeps kept between two keyframes.")] = 9,
+    keyframes: Annotated[int, typer.Option(min=1, help="Keyframes per scene: nuScenes at 2 Hz, Waymo frames at 10 Hz.")] = 40,
+    sweeps_per_keyframe: Annotated[
+        int | None, typer.Option(min=0, max=9, help="nuScenes: sweeps kept between two keyframes, 9 by default.")
+    ] = None,
     val_scenes: Annotated[int, typer.Option(min=0, help="How many of the last scenes form the validation split.")] = 2,
     seed: Annotated[int, typer.Option(help="The same seed writes the same bytes.")] = 0,
-    version: Annotated[str, typer.Option(help="Name of the table folder.")] = "v1.0-mini",
+    version: Annotated[str | None, typer.Option(help="nuScenes: name of the table folder, v1.0-mini by default.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Scenes written side by side; the bytes do not depend on it.")] = 1,
+    layout: Annotated[str, typer.Option("--format", help="Raw format: nuscenes, or waymo (v1.x tfrecords).")] = "nuscenes",
 ) -> None:
-    """Write a raw nuScenes v1.0 dataset of a procedural town, seen by a simulated 32-beam LiDAR."""
+    """Write a raw dataset of a procedural town: nuScenes v1.0 seen by 32 beams, or Waymo v1.x seen by five LiDARs."""
     from picture3d.commands.data import synth as command
 
     _show(
@@ -74,6 +77,7 @@ def synth(
             seed=seed,
             version=version,
             processes=processes,
+            layout=layout,
         )
     )
 
@@ -356,7 +360,7 @@ def evaluate(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Score a fine-tuned network: IoU per class and mIoU."""
+    """Score a fine-tuned network: IoU per class and mIoU, or the official detection metric."""
     from picture3d.commands.score import evaluate as command
 
     _show(command(run, data=data, split=split, as_json=as_json, device=device, threads=threads))
@@ -378,6 +382,45 @@ def score_nuscenes_detection(
     from picture3d.commands.score_nuscenes import score_nuscenes_detection as command
 
     _show(command(results, labels=labels, split=split, bike_racks=bike_racks, as_json=as_json))
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder of a fine-tuning.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write; a folder for lidarseg and for several pictures.")],
+    format_: Annotated[
+        str | None,
+        typer.Option("--format", help="json, nuscenes, waymo, lidarseg, picture; left out: by the suffix .json .bin .png."),
+    ] = None,
+    data: DataOption = None,
+    split: Annotated[str, typer.Option(help="Which split to predict.")] = "val",
+    frame: Annotated[list[str] | None, typer.Option(help="LOG/INDEX of one frame instead of a split. Repeatable.")] = None,
+    points: Annotated[Path | None, typer.Option(help="A sweep file (.bin .pcd .npy .ply) instead of prepared frames.")] = None,
+    layout: Annotated[str, typer.Option(help="Columns of a .bin or .npy sweep, '-' skips one.")] = "x,y,z,intensity",
+    intensity: Annotated[str, typer.Option(help="Unit of its intensity: 0-255, 0-1, tanh, raw, unknown.")] = "unknown",
+    min_score: Annotated[float | None, typer.Option(help="Leave out boxes below; default 0.3 for pictures, else 0.")] = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Write what a fine-tuned network finds: boxes or classes of points."""
+    from picture3d.commands.predict import predict as command
+
+    _show(
+        command(
+            run,
+            out=out,
+            wanted=format_,
+            data=data,
+            split=split,
+            frames=frame or [],
+            points=points,
+            layout=layout,
+            intensity=intensity,
+            min_score=min_score,
+            device=device,
+            threads=threads,
+        )
+    )
 
 
 @app.command()

@@ -76,14 +76,14 @@ def training_batches(config: RunConfig, targets: FeatureSource | None) -> FrameB
     )
 
 
-def scoring_batches(data: DataConfig, *, root: Path | None, split: str | None, batch_size: int = 1) -> FrameBatches:
-    """Every frame of a split once, in order, as it is: no augmentation, every label, nothing left out."""
+def scoring_batches(data: DataConfig, *, root: Path | None, split: str | None, labels: bool = True) -> FrameBatches:
+    """Every frame of a split once, alone, in order, as it is: no augmentation, every label (or none), nothing left out."""
     whole = data.model_copy(
-        update={"root": root or data.root, "split": split, "label_share": 1.0, "every": 1, "max_frames": None, "labels": True}
+        update={"root": root or data.root, "split": split, "label_share": 1.0, "every": 1, "max_frames": None}
         # Every labelled point counts, those outside the grid too: the network answers for them.
-        | {"range_min": None, "range_max": None}
+        | {"labels": labels, "box_classes": (), "range_min": None, "range_max": None}
     )
-    return FrameBatches(whole, batch_size=batch_size, seed=0, train=False)
+    return FrameBatches(whole, batch_size=1, seed=0, train=False)
 
 
 def build_teacher(name: str, weights: Path | None, device: torch.device) -> Teacher:

@@ -11,7 +11,7 @@ from picture3d.commands.machine import start
 from picture3d.datasets.loading import FrameBatches
 from picture3d.errors import ConfigError, DataError
 from picture3d.evaluation.segmentation import SegmentationScores
-from picture3d.recipes.configs import SegmentationConfig
+from picture3d.recipes.configs import DetectionConfig, SegmentationConfig
 from picture3d.structures.batch import PointBatch
 from picture3d.tasks.segmentation import evaluate_segmentation
 from picture3d.training.checkpoint import load_into, load_weights
@@ -20,6 +20,12 @@ from picture3d.training.runlog import Progress, RunFolder
 
 def evaluate(run: Path, *, data: Path | None, split: str, as_json: bool, device: str, threads: int) -> str:
     """Scores a fine-tuned network; returns the table, or JSON."""
+    config = read_run_config(run)
+    if isinstance(config, DetectionConfig):
+        from picture3d.commands.score_detection import evaluate_detection
+
+        machine = start(device, threads)
+        return evaluate_detection(run, config, data=data, split=split, as_json=as_json, device=machine)
     scores = run_evaluation(run, data=data, split=split, device=device, threads=threads)
     return json.dumps(scores.to_json()) if as_json else table(f"{run}, split {split}", scores)
 

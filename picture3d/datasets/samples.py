@@ -214,6 +214,21 @@ def read_sample(dataset: PreparedDataset, key: FrameKey, config: DataConfig, *, 
     )
 
 
+def sweep_sample(frame: Frame, config: DataConfig) -> Sample:
+    """Input made of one sweep that need not be part of a dataset, its points in their order; nothing is merged or cropped.
+
+    Raises:
+        DataError: if the points lack what the config asks for (elongation, unit of intensity).
+    """
+    key = FrameKey(frame.log, frame.index)
+    return Sample(
+        name=str(key),
+        xyz=frame.points.xyz,
+        features=_features([frame.points], [0.0], config, key),
+        point_id=np.arange(len(frame.points)),
+    )
+
+
 def finish_sample(sample: Sample, config: DataConfig, rng: np.random.Generator | None) -> Sample:
     """The part of :func:`load_sample` that differs between epochs: augments, crops, shuffles."""
     if config.augment is not None and rng is not None:

@@ -5,6 +5,7 @@ Source: the field numbers of waymo-open-dataset's metrics.proto (Objects, Object
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -108,15 +109,18 @@ def parse_objects(data: bytes, where: str = "objects") -> WaymoObjects:
     )
 
 
-def write_objects(path: Path, objects: WaymoObjects) -> None:
+def write_objects(path: Path, objects: WaymoObjects | Iterable[WaymoObjects]) -> None:
     """Writes an ``Objects`` file, whole or not at all; columns that are not set (0, "") are left out.
+
+    `objects` may be a generator of parts: no more than one of them is in memory.
 
     Raises:
         DataError: if the file cannot be written.
     """
     with whole_file(path) as file:
-        for row in range(len(objects)):
-            file.write(wire.write_data(1, _object_bytes(objects, row)))
+        for part in (objects,) if isinstance(objects, WaymoObjects) else objects:
+            for row in range(len(part)):
+                file.write(wire.write_data(1, _object_bytes(part, row)))
 
 
 @dataclass(slots=True)
