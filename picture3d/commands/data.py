@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from picture3d.datasets.prepared import PreparedDataset, PreparedSummary
+from picture3d.errors import ConfigError
 from picture3d.training.runlog import Progress
 
 
@@ -13,13 +14,29 @@ def synth(
     *,
     scenes: int,
     keyframes: int,
-    sweeps_per_keyframe: int,
+    sweeps_per_keyframe: int | None,
     val_scenes: int,
     seed: int,
-    version: str,
+    version: str | None,
     processes: int,
+    layout: str = "nuscenes",
 ) -> str:
-    """Writes the town as raw nuScenes; returns what to tell the user."""
+    """Writes the town as raw nuScenes or Waymo; returns what to tell the user.
+
+    Raises:
+        ConfigError: for an unknown `layout`, or options that only nuScenes has.
+        DataError: if the folder cannot be written.
+    """
+    if layout == "waymo":
+        if sweeps_per_keyframe is not None or version is not None:
+            raise ConfigError(
+                "--sweeps-per-keyframe and --version belong to nuScenes; every frame of --format waymo is annotated. "
+                "Leave them out."
+            )
+        return _synth_waymo(out, scenes=scenes, frames=keyframes, val_scenes=val_scenes, seed=seed, processes=processes)
+    if layout != "nuscenes":
+        raise ConfigError(f"--format {layout}: the town can be written as nuscenes or waymo.")
+    version = "v1.0-mini" if version is None else version
     from picture3d.synthetic.nuscenes_writer import write_nuscenes
 
     with Progress("synth", unit="sweeps") as progress:
@@ -28,7 +45,7 @@ def synth(
             version=version,
             scenes=scenes,
             keyframes_per_scene=keyframes,
-            sweeps_per_keyframe=sweeps_per_keyframe,
+            sweeps_per_keyframe=9 if sweeps_per_keyframe is None else sweeps_per_keyframe,
             val_scenes=val_scenes,
             seed=seed,
             processes=processes,
@@ -37,6 +54,22 @@ def synth(
     return (
         f"{out}: raw nuScenes {version}, {scenes} scenes of {keyframes} keyframes. Next: picture3d prepare nuscenes {out} OUT"
     )
+
+
+def _synth_waymo(out: Path, *, scenes: int, frames: int, val_scenes: int, seed: int, processes: int) -> str:
+    from picture3d.synthetic.waymo_writer import write_waymo
+
+    with Progress("synth", unit="frames") as progress:
+        write_waymo(
+            out,
+            scenes=scenes,
+            frames_per_scene=frames,
+            seed=seed,
+            val_scenes=val_scenes,
+            processes=processes,
+            progress=progress,
+        )
+    return f"{out}: raw Waymo v1, {scenes} segments of {frames} frames. Next: picture3d prepare waymo {out} OUT"
 
 
 def prepare_nuscenes(raw: Path, out: Path, *, version: str, sweeps: int, skip_missing: bool) -> str:

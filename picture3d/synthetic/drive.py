@@ -56,7 +56,7 @@ class DriveStep:
 
     def frame(self, log: str) -> Frame:
         """The step as a frame: labels are lidarseg indices 0..31, boxes in the LiDAR frame."""
-        boxes = None if self.boxes_global is None else _moved(self.boxes_global, self.global_from_lidar.inverse())
+        boxes = None if self.boxes_global is None else moved_boxes(self.boxes_global, self.global_from_lidar.inverse())
         return Frame(
             log=log,
             index=self.index,
@@ -119,7 +119,7 @@ def count_points(boxes: Boxes, points: np.ndarray) -> np.ndarray:
     return counts
 
 
-def _moved(boxes: Boxes, pose: Pose) -> Boxes:
+def moved_boxes(boxes: Boxes, pose: Pose) -> Boxes:
     """Boxes in another frame; yaw follows the heading's shadow on the new xy plane."""
     heading = np.stack([np.cos(boxes.yaw), np.sin(boxes.yaw), np.zeros(len(boxes))], 1) @ pose.rotation.T
     velocity = np.concatenate([boxes.velocity, np.zeros((len(boxes), 1))], 1) @ pose.rotation.T
