@@ -195,10 +195,10 @@ class ObjectDatabase:
             self.categories = tuple(str(name) for name in tree["categories"])
             self.logs = tuple(str(name) for name in tree["logs"])
             self.points = int(tree["points"])
-            objects, layout = int(tree["objects"]), tree["columns"]
+            objects, crcs = int(tree["objects"]), tree["columns"]
             self.skipped_boxes = int(tree["skipped_boxes"])
-            columns = layout(objects, self.points, HEAD.size + length, [str(name) for name in layout])
-            self._crcs = {name: int(layout[name], 16) for name in columns}
+            columns = layout(objects, self.points, HEAD.size + length, [str(name) for name in crcs])
+            self._crcs = {name: int(crcs[name], 16) for name in columns}
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{path}: the description lacks or garbles {error}. {_MEND}") from None
         self._offsets = {name: place.offset for name, place in columns.items()}

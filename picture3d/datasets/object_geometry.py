@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from picture3d.ops.box_iou import bev_overlap, points_in_boxes
 
+_ROUNDING_M2 = 1e-9  # boxes that only touch may seem to share the last digits of an area
+
 
 def inside_any(xyz: NDArray[np.float32], boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
     """(N,) bool: which of (N, 3) points lie in one of (B, 7+) boxes, faces included.
@@ -40,4 +42,4 @@ def meet_from_above(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[n
     Raises:
         ValueError: if a box is not finite.
     """
-    return (bev_overlap(torch.from_numpy(a), torch.from_numpy(b)) > 0).numpy()
+    return (bev_overlap(torch.from_numpy(a), torch.from_numpy(b)) > _ROUNDING_M2).numpy()
