@@ -133,12 +133,17 @@ def frame_of(
         is_keyframe=is_keyframe,
         labels=arrays.get("labels"),
         instances=arrays.get("instances"),
-        boxes=_boxes_of(arrays) if with_boxes else None,
+        boxes=boxes_of(arrays) if with_boxes else None,
         previous=previous,
     )
 
 
-def _boxes_of(arrays: dict[str, Any]) -> Boxes:
+def boxes_of(arrays: dict[str, Any]) -> Boxes:
+    """The boxes that their columns describe.
+
+    Raises:
+        KeyError, TypeError, ValueError: if they do not describe any.
+    """
     geometry = arrays["box_geometry"]
     if geometry.ndim != 2 or geometry.shape[1] != 9:
         raise ValueError(f"box_geometry has shape {geometry.shape}, expected (boxes, 9)")

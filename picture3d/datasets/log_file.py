@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picture3d import __version__
-from picture3d.datasets.frame_columns import BOX_COLUMNS, OPTIONAL_COLUMNS, columns_of, frame_of, record_of
+from picture3d.datasets.frame_columns import BOX_COLUMNS, OPTIONAL_COLUMNS, boxes_of, columns_of, frame_of, record_of
 from picture3d.errors import DataError
 from picture3d.files import whole_file
 from picture3d.formats.columns import PLANES, Codec, checked_size, decode, dtype_name, encode
+from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
 
 FORMAT_VERSION = 1
@@ -239,16 +240,11 @@ class LogReader:
         Raises:
             DataError: if a checksum or size does not fit; the message names file, frame, column and byte offset.
         """
-        if not 0 <= index < len(self._entries):
-            raise DataError(f"{self.path}: there is no frame {index}, the log has frames 0 to {len(self._entries) - 1}")
+        entry, place = self._entry(index)
         wanted = OPTIONAL_COLUMNS if columns is None else frozenset(columns)
         if not wanted <= OPTIONAL_COLUMNS:
             raise ValueError(f"unknown columns {sorted(wanted - OPTIONAL_COLUMNS)}; known: {sorted(OPTIONAL_COLUMNS)}")
-        entry, place = self._entries[index], f"{self.path}: frame {index}"
-        record = _from_json(self._read(entry.offset, entry.length, entry.crc, f"{place}, record"), f"{place}, record")
-        stored = record.get("columns")
-        if not isinstance(stored, dict) or not {"xyz", "intensity"} <= stored.keys():
-            raise DataError(f"{place}, record at byte {entry.offset}: lists no points. {_MEND}")
+        record, stored = self._record(entry, place)
         names = {"xyz", "intensity", *wanted, *(BOX_COLUMNS if "boxes" in wanted else ())}
         arrays = {name: self._column(chunk, name, place) for name, chunk in stored.items() if name in names}
         try:
@@ -262,6 +258,22 @@ class LogReader:
                 with_boxes="boxes" in wanted and entry.boxes >= 0,
             )
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            raise DataError(f"{place}, record at byte {entry.offset}: {type(error).__name__}: {error}. {_MEND}") from None
+
+    def boxes(self, index: int) -> Boxes | None:
+        """The boxes of a frame without its points; None if it was not annotated.
+
+        Raises:
+            DataError: as :meth:`frame`.
+        """
+        entry, place = self._entry(index)
+        if entry.boxes < 0:
+            return None
+        _, stored = self._record(entry, place)
+        arrays = {name: self._column(chunk, name, place) for name, chunk in stored.items() if name in BOX_COLUMNS}
+        try:
+            return boxes_of(arrays)
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{place}, record at byte {entry.offset}: {type(error).__name__}: {error}. {_MEND}") from None
 
     def num_points(self, index: int) -> int:
@@ -317,6 +329,20 @@ class LogReader:
                 f"{self.path}: format version {version}, this picture3d reads version {FORMAT_VERSION}. "
                 "Prepare the raw data again, or use the picture3d that wrote the file."
             )
+
+    def _entry(self, index: int) -> tuple[_FrameEntry, str]:
+        """A frame's line in the index, and its name for messages."""
+        if not 0 <= index < len(self._entries):
+            raise DataError(f"{self.path}: there is no frame {index}, the log has frames 0 to {len(self._entries) - 1}")
+        return self._entries[index], f"{self.path}: frame {index}"
+
+    def _record(self, entry: _FrameEntry, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A frame's record, and where its columns are."""
+        record = _from_json(self._read(entry.offset, entry.length, entry.crc, f"{place}, record"), f"{place}, record")
+        stored = record.get("columns")
+        if not isinstance(stored, dict) or not {"xyz", "intensity"} <= stored.keys():
+            raise DataError(f"{place}, record at byte {entry.offset}: lists no points. {_MEND}")
+        return record, stored
 
     def _column(self, chunk: Any, name: str, place: str) -> NDArray[np.generic]:
         place = f"{place}, column {name}"
