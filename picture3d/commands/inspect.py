@@ -7,6 +7,7 @@ from pathlib import Path
 
 from picture3d.datasets.check import CheckReport, check_prepared
 from picture3d.datasets.check_raw import check_raw_nuscenes, is_raw_nuscenes
+from picture3d.datasets.object_database import databases_of
 from picture3d.datasets.prepared import FrameKey, PreparedDataset, log_path
 from picture3d.errors import DataError
 from picture3d.files import whole_file
@@ -56,6 +57,7 @@ def data_info(folder: Path, *, as_json: bool, picture: Path | None, frame: int) 
         "boxes": sum(s.boxes for s in summaries),
         "bytes": sum(log_path(folder, log).stat().st_size for log in logs),
         "targets": stores,
+        "objects": databases_of(folder),
     }
     if picture is not None:
         keys = dataset.keyframes()
