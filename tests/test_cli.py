@@ -12,10 +12,11 @@ from picture3d.cli import app, main
 HEAVY = ("torch", "numpy", "pydantic", "PIL", "safetensors", "picture3d.config", "picture3d.structures")
 COMMANDS = [
     ["synth"], ["prepare"], ["prepare", "nuscenes"], ["prepare", "points"], ["targets"], ["pretrain"], ["finetune"],
-    ["finetune", "segmentation"], ["finetune", "detection"], ["evaluate"], ["predict"], ["probe"], ["report"], ["recipes"], ["tensorboard"], ["demo"],
+    ["finetune", "segmentation"], ["finetune", "detection"], ["evaluate"], ["probe"], ["report"], ["recipes"],
+    ["tensorboard"], ["demo"],
     ["check"], ["data"], ["data", "info"], ["data", "objects"], ["doctor"], ["prepare", "semantickitti"],
     ["weights"], ["weights", "show"], ["weights", "import"], ["weights", "export"],
-    ["score"], ["score", "nuscenes-detection"],
+    ["predict"], ["score"], ["score", "nuscenes-detection"],
 ]  # fmt: skip
 
 

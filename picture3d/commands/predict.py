@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -252,14 +253,20 @@ def _write_lidarseg(out: Path, predictions: Iterator[Prediction], network: _Netw
 
 def _write_pictures(out: Path, predictions: Iterator[Prediction], network: _Network) -> None:
     """One picture if `out` is a .png, else a folder with one for each frame."""
-    single = out.suffix.lower() == ".png"
-    for index, prediction in enumerate(predictions):
-        if single and index:
+    if out.suffix.lower() == ".png":
+        first, *others = itertools.islice(predictions, 2)
+        if others:
             raise ConfigError(f"{out}: is one picture, there are more frames. Name one with --frame, or give a folder.")
+        _write_picture(out, first, network)
+        return
+    for prediction in predictions:
         frame = prediction.frame
-        path = out if single else out / f"{_file_name(frame.log)}_{frame.index:05d}.png"
-        with whole_file(path) as file:
-            file.write(_picture(prediction, network.names))
+        _write_picture(out / f"{_file_name(frame.log)}_{frame.index:05d}.png", prediction, network)
+
+
+def _write_picture(path: Path, prediction: Prediction, network: _Network) -> None:
+    with whole_file(path) as file:
+        file.write(_picture(prediction, network.names))
 
 
 def _picture(prediction: Prediction, names: tuple[str, ...]) -> bytes:
