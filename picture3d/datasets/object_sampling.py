@@ -97,18 +97,17 @@ class ObjectSampler:
         standing = _table(sample.boxes)
         if not np.isfinite(standing[:, :7]).all():
             raise DataError(f"{sample.name}: a box holds NaN or infinity. Run `picture3d check` on the prepared frames.")
-        pasted: list[_Drawn] = []
+        drawn: list[_Drawn] = []
         for number, rows in self.candidates.items():
-            missing = self.config.fill_to[classes.names[number - 1]] - int(np.count_nonzero(sample.box_class == number))
-            if missing <= 0 or not len(rows):
-                continue
-            drawn = rng.choice(rows, min(missing, len(rows)), replace=False)
-            drawn = drawn[_free(self.database.box[drawn], standing)]
-            fewest = self._min_points(classes.names[number - 1])
-            fitting = [found for row in drawn if len((found := self._take(int(row), number)).points) >= fewest]
-            pasted += fitting
-            standing = np.concatenate([standing, *(found.object.box[None] for found in fitting)])
-        return self._pasted(sample, pasted) if pasted else sample
+            name = classes.names[number - 1]
+            missing = self.config.fill_to[name] - int(np.count_nonzero(sample.box_class == number))
+            if missing > 0 and len(rows):
+                found = [self._take(int(row), number) for row in rng.choice(rows, min(missing, len(rows)), replace=False)]
+                drawn += [one for one in found if len(one.points) >= self._min_points(name)]
+        if not drawn:
+            return sample
+        kept = _free(np.stack([one.object.box for one in drawn]), standing)
+        return self._pasted(sample, [drawn[i] for i in kept]) if kept else sample
 
     def _min_points(self, name: str) -> int:
         return self.config.min_points.get(name, self.config.default_min_points)
@@ -166,7 +165,7 @@ def open_sampler(config: ObjectSamplingConfig, classes: DetectionClasses, data: 
     return ObjectSampler(ObjectDatabase(Path(config.path(data.root))), config, classes, data)
 
 
-def _free(boxes: NDArray[np.float64], standing: NDArray[np.float64]) -> NDArray[np.intp]:
+def _free(boxes: NDArray[np.float64], standing: NDArray[np.float64]) -> list[int]:
     """Which of (B, 9) drawn boxes can stay, in order: they meet neither a standing one nor a drawn one that stays."""
     clear = ~meet_from_above(boxes, standing).any(axis=1)
     meeting = meet_from_above(boxes, boxes)
@@ -174,7 +173,7 @@ def _free(boxes: NDArray[np.float64], standing: NDArray[np.float64]) -> NDArray[
     for i in np.flatnonzero(clear):
         if not meeting[i, kept].any():
             kept.append(int(i))
-    return np.array(kept, np.intp)
+    return kept
 
 
 def _table(boxes: Boxes) -> NDArray[np.float64]:
