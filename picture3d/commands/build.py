@@ -67,13 +67,15 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
 
 def training_batches(config: RunConfig, targets: FeatureSource | None) -> FrameBatches:
     """Shuffled, augmented batches as the config wants them."""
-    return FrameBatches(
+    batches = FrameBatches(
         config.data,
         batch_size=config.training.batch_size,
         seed=config.training.seed,
         workers=config.workers,
         targets=targets,
     )
+    batches.total_epochs = config.training.planned_epochs(batches.steps_per_epoch)
+    return batches
 
 
 def scoring_batches(data: DataConfig, *, root: Path | None, split: str | None, labels: bool = True) -> FrameBatches:

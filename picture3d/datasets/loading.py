@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from picture3d.datasets.class_balance import balanced_keys
+from picture3d.datasets.detection_classes import DetectionClasses
+from picture3d.datasets.object_sampling import ObjectSampler, open_sampler
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.datasets.samples import DataConfig, Sample, finish_sample, load_sample, read_sample, select_keyframes
 from picture3d.errors import ConfigError, DataError
@@ -20,15 +23,19 @@ from picture3d.structures.targets import FeatureSource
 __all__ = ["DataConfig", "FrameBatches", "Sample", "collate", "iterate_batches", "load_sample", "select_keyframes"]
 
 # Which stream of random numbers is drawn from; the seeds of two streams never meet.
-_ORDER, _SAMPLE = 0, 1
+_ORDER, _SAMPLE, _OBJECTS = 0, 1, 2
 
 
 class FrameBatches:
     """The batches of a dataset, epoch after epoch (a `BatchSource` of the training loop).
 
-    The order of frames is a permutation drawn from (seed, epoch), the augmentation of a frame from (seed, epoch, its position
-    in the epoch): neither depends on the number of workers, nor on where an epoch is entered.
+    The order of frames is a permutation drawn from (seed, epoch), the augmentation of a frame and the objects pasted into it
+    from (seed, epoch, its position in the epoch): none depends on the number of workers, nor on where an epoch is entered.
+
+    `total_epochs` has to be set before the first batch if the config switches something off in the last ones.
     """
+
+    total_epochs: int | None = None
 
     def __init__(
         self,
@@ -51,7 +58,7 @@ class FrameBatches:
             train: False gives every frame once, in order, un-augmented, the last incomplete batch included.
 
         Raises:
-            DataError: if the dataset cannot be read or no frame is selected.
+            DataError: if the dataset or the database of objects cannot be read, or no frame is selected.
             ConfigError: if there are fewer frames than a batch needs.
         """
         self.config = config
@@ -61,6 +68,12 @@ class FrameBatches:
         self.train = train
         self.dataset = PreparedDataset(config.root)
         self.keys = select_keyframes(self.dataset, config)
+        self._classes = DetectionClasses(config.box_classes)
+        self._sampler: ObjectSampler | None = None
+        if train and config.balance_classes:
+            self.keys = balanced_keys(self.dataset, self.keys, self._classes, seed=seed, min_box_points=config.min_box_points)
+        if train and config.objects is not None:
+            self._sampler = open_sampler(config.objects, self._classes, config)
         self._targets = targets
         self._cache: dict[FrameKey, Sample] = {}
         self._cached_bytes = 0
@@ -125,7 +138,18 @@ class FrameBatches:
             if self._cached_bytes + sample.nbytes <= self.config.cache_bytes:
                 self._cache[key] = sample
                 self._cached_bytes += sample.nbytes
-        return finish_sample(sample, self.config, rng)
+        if self._sampler is not None and not self._among_last(
+            epoch, max(self.config.objects_off_last, self.config.augment_off_last)
+        ):
+            sample = self._sampler.paste(sample, self._classes, np.random.default_rng([self.seed, epoch, _OBJECTS, position]))
+        return finish_sample(sample, self.config, rng, augment=not self._among_last(epoch, self.config.augment_off_last))
+
+    def _among_last(self, epoch: int, count: int) -> bool:
+        if count == 0 or not self.train:
+            return False
+        if self.total_epochs is None:
+            raise ConfigError("something is switched off in the last epochs, but nobody said how many epochs there are")
+        return epoch >= self.total_epochs - count
 
 
 class _Steps(Dataset[PointBatch | DataError]):

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from picture3d.config import FrozenConfig
 from picture3d.datasets.augment import AugmentConfig, affine, draw_augmentation
 from picture3d.datasets.detection_classes import DetectionClasses
+from picture3d.datasets.object_sampling_config import ObjectSamplingConfig
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.errors import DataError
 from picture3d.structures.boxes import Boxes
@@ -56,6 +57,14 @@ class DataConfig(FrozenConfig):
         default=(), description="Read the boxes of these classes (see datasets/detection_classes.py); empty: no boxes."
     )
     min_box_points: int = Field(default=1, ge=0, description="Boxes with fewer LiDAR points are not learned from.")
+    balance_classes: bool = Field(
+        default=False, description="Repeat and leave out frames until every box class has as many as the others (CBGS)."
+    )
+    objects: ObjectSamplingConfig | None = Field(
+        default=None, description="Paste objects of other frames; `picture3d data objects` makes the database."
+    )
+    objects_off_last: int = Field(default=0, ge=0, description="No object is pasted in so many last epochs.")
+    augment_off_last: int = Field(default=0, ge=0, description="Nothing is pasted or augmented in so many last epochs.")
     shuffle: bool = Field(default=True, description="Draw a new order of frames for every epoch.")
     drop_last: bool = Field(default=True, description="Leave out an incomplete last batch.")
     cache_bytes: int = Field(default=0, ge=0, description="Keep decoded samples in memory up to so many bytes; for small data.")
@@ -68,6 +77,8 @@ class DataConfig(FrozenConfig):
             for axis, low, high in zip("xyz", self.range_min, self.range_max, strict=True):
                 if not low < high:
                     raise ValueError(f"range {axis}: {low} is not below {high}")
+        if not self.box_classes and (self.balance_classes or self.objects is not None):
+            raise ValueError("balance_classes and objects need the names of classes in box_classes")
         if len(set(self.features)) != len(self.features):
             raise ValueError("features names a column twice")
         return self
@@ -229,9 +240,9 @@ def sweep_sample(frame: Frame, config: DataConfig) -> Sample:
     )
 
 
-def finish_sample(sample: Sample, config: DataConfig, rng: np.random.Generator | None) -> Sample:
-    """The part of :func:`load_sample` that differs between epochs: augments, crops, shuffles."""
-    if config.augment is not None and rng is not None:
+def finish_sample(sample: Sample, config: DataConfig, rng: np.random.Generator | None, *, augment: bool = True) -> Sample:
+    """The part of :func:`load_sample` that differs between epochs: augments (unless told not to), crops, shuffles."""
+    if config.augment is not None and rng is not None and augment:
         drawn = draw_augmentation(config.augment, rng)
         boxes = None if sample.boxes is None else drawn.boxes(sample.boxes)
         sample = replace(sample, xyz=drawn.points(sample.xyz), boxes=boxes)

@@ -104,6 +104,7 @@ def tiny(config: _Config) -> _Config:
     updates: dict[str, object] = {"grid": grid, "encoder": encoder, "training": training, "workers": 0}
     if isinstance(config, DetectionConfig):
         updates["task"] = _narrow(config.task)
+        updates["data"] = config.data.model_copy(update={"objects": None})  # a database would have to be made first
     return config.model_copy(update=updates)
 
 

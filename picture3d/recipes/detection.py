@@ -6,6 +6,7 @@ from pathlib import Path
 
 from picture3d.datasets.augment import AugmentConfig
 from picture3d.datasets.detection_classes import NUSCENES_DETECTION, WAYMO_DETECTION
+from picture3d.datasets.object_sampling_config import ObjectSamplingConfig
 from picture3d.datasets.samples import DataConfig
 from picture3d.models.bev_backbone import BevBackboneConfig, nuscenes_bev
 from picture3d.models.center_head import CenterHeadConfig
@@ -71,6 +72,8 @@ def waymo_detection(data: Path) -> DetectionConfig:
             augment=AugmentConfig(scale=(0.95, 1.05)),
             labels=False,
             box_classes=WAYMO_DETECTION.names,
+            objects=ObjectSamplingConfig.waymo(),
+            augment_off_last=1,  # published: 15, more than there are epochs
         ),
         grid=WAYMO_GRID,
         encoder=waymo_voxel_192(),
@@ -99,6 +102,9 @@ def nuscenes_detection(data: Path) -> DetectionConfig:
             augment=AugmentConfig(),
             labels=False,
             box_classes=NUSCENES_DETECTION.names,
+            balance_classes=True,
+            objects=ObjectSamplingConfig.nuscenes(),
+            objects_off_last=4,
         ),
         grid=NUSCENES_PILLAR_GRID,
         encoder=nuscenes_pillar_256(),

@@ -89,6 +89,15 @@ class TrainingConfig(FrozenConfig):
             raise ValueError("give epochs or max_steps: training would never end")
         return self
 
+    def planned_steps(self, batches_per_epoch: int) -> int:
+        """Optimiser steps in all."""
+        by_epochs = math.ceil(batches_per_epoch / self.accumulate) * self.epochs if self.epochs is not None else math.inf
+        return int(min(by_epochs, self.max_steps if self.max_steps is not None else math.inf))
+
+    def planned_epochs(self, batches_per_epoch: int) -> int:
+        """Epochs that are begun in all."""
+        return math.ceil(self.planned_steps(batches_per_epoch) / max(1, math.ceil(batches_per_epoch / self.accumulate)))
+
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
@@ -372,7 +381,4 @@ def _schedule(batches: BatchSource, config: TrainingConfig) -> tuple[int, int]:
     """Optimiser steps in all, and per epoch."""
     if batches.steps_per_epoch < 1:
         raise TrainingError("there is no batch to train on: the split, label share or frame limit leaves no frame")
-    groups = math.ceil(batches.steps_per_epoch / config.accumulate)
-    by_epochs = groups * config.epochs if config.epochs is not None else math.inf
-    by_steps = config.max_steps if config.max_steps is not None else math.inf
-    return int(min(by_epochs, by_steps)), groups
+    return config.planned_steps(batches.steps_per_epoch), math.ceil(batches.steps_per_epoch / config.accumulate)

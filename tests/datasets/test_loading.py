@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from picture3d.datasets.loading import FrameBatches, Sample, collate, iterate_batches
+from picture3d.datasets.object_building import build_object_database
 from picture3d.datasets.samples import DataConfig
 from picture3d.errors import ConfigError, DataError
 from picture3d.structures.batch import PointBatch
@@ -16,6 +18,7 @@ from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
 from picture3d.structures.targets import FrameTargets
 from tests.datasets.made_frames import made_frame, write_made_dataset
+from tests.datasets.object_scenes import box_points, boxes_of, cloud_of, frame_of, write_scenes
 
 
 class RowNumbers:
@@ -217,3 +220,72 @@ def test_a_damaged_frame_is_named_from_a_worker_too(root):
     with pytest.raises(DataError, match=r"a\.p3d: frame 0") as caught:
         list(FrameBatches(config(root, sweeps=1), batch_size=1, seed=0, workers=1).epoch(0))
     assert "Traceback" not in str(caught.value)
+
+
+def write_street(root: Path) -> Path:
+    """Four frames: a car in each, a pedestrian in one."""
+    rng = np.random.default_rng(5)
+    frames = []
+    for index in range(4):
+        car, person = [8.0 + 2 * index, -12.0 + 8 * index, 0, 4, 2, 2, 0.3 * index], [-9.0, 3, 0, 1, 1, 2, 0]
+        rows = [("vehicle.car", car)] + ([("pedestrian", person)] if index == 2 else [])
+        points = np.concatenate([box_points(row, 30, rng) for _, row in rows])
+        frames.append(frame_of(cloud_of(points), boxes_of(rows), index=index))
+    return write_scenes(root, {"log-a": frames})
+
+
+def test_classes_are_balanced_once_from_the_seed_and_only_in_training(tmp_path):
+    root = write_street(tmp_path)
+    settings: dict[str, Any] = {"box_classes": ("car", "pedestrian"), "sweeps": 1, "labels": False, "split": None}
+    batches = FrameBatches(config(root, balance_classes=True, **settings), batch_size=1, seed=3)
+    indices = [key.index for key in batches.keys]
+    assert indices.count(2) >= 2, "the only pedestrian stands in frame 2"
+    assert len(indices) == 4
+    again = FrameBatches(config(root, balance_classes=True, **settings), batch_size=1, seed=3)
+    assert again.keys == batches.keys
+    whole = FrameBatches(config(root, balance_classes=True, **settings), batch_size=1, seed=3, train=False)
+    assert [key.index for key in whole.keys] == [0, 1, 2, 3]
+
+
+def test_objects_are_pasted_by_seed_epoch_and_position_until_the_last_epochs(tmp_path):
+    root = write_street(tmp_path)
+    build_object_database(root, name="all", split=None)
+    settings: dict[str, Any] = {
+        "box_classes": ("car", "pedestrian"),
+        "sweeps": 1,
+        "labels": False,
+        "split": None,
+        "augment": None,
+        "objects": {"database": "all", "fill_to": {"car": 3, "pedestrian": 1}},
+        "objects_off_last": 1,
+    }
+
+    def batches(workers: int = 0, **more: Any) -> FrameBatches:
+        found = FrameBatches(config(root, **settings, **more), batch_size=2, seed=1, workers=workers)
+        found.total_epochs = 3
+        return found
+
+    first = batches()
+    counts = [[len(batch.boxes) for batch in first.epoch(epoch) if batch.boxes is not None] for epoch in range(3)]
+    assert min(counts[0]) > 3
+    assert sum(counts[2]) == 5, "none is pasted in the last epoch"
+    for one, two in zip(first.epoch(1), batches(workers=1).epoch(1), strict=True):
+        assert_same(one, two)
+    different = [first.batch(0, 0), first.batch(1, 0)]
+    assert not torch.equal(different[0].xyz[:10], different[1].xyz[:10]) or len(different[0].xyz) != len(different[1].xyz)
+    pasted = first.batch(0, 0)
+    assert pasted.box_class is not None
+    assert set(pasted.box_class.tolist()) == {1, 2}
+
+
+def test_augmentation_stops_in_the_last_epochs_too(tmp_path):
+    root = write_street(tmp_path)
+    settings: dict[str, Any] = {"box_classes": ("car",), "sweeps": 1, "labels": False, "split": None, "shuffle": False}
+    batches = FrameBatches(config(root, augment_off_last=2, **settings), batch_size=4, seed=1)
+    with pytest.raises(ConfigError, match="nobody said how many epochs"):
+        batches.batch(0, 0)
+    batches.total_epochs = 5
+    plain = FrameBatches(config(root, **settings), batch_size=4, seed=1, train=False).batch(0, 0)
+    assert not torch.equal(batches.batch(2, 0).xyz, plain.xyz)
+    for epoch in (3, 4):
+        assert_same(batches.batch(epoch, 0), plain)
