@@ -199,7 +199,7 @@ class ObjectDatabase:
             self.skipped_boxes = int(tree["skipped_boxes"])
             columns = layout(objects, self.points, HEAD.size + length, [str(name) for name in crcs])
             self._crcs = {name: int(crcs[name], 16) for name in columns}
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, AttributeError) as error:
             raise DataError(f"{path}: the description lacks or garbles {error}. {_MEND}") from None
         self._offsets = {name: place.offset for name, place in columns.items()}
         end = max((place.offset + place.bytes for place in columns.values()), default=0)

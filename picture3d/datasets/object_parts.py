@@ -169,6 +169,15 @@ class _BlockEntry:
     crc32c: int
 
 
+def _entry_of(row: list[Any]) -> _BlockEntry:
+    frame, objects, points, elongation, unit, length, crc = row
+    numbers = [int(number) for number in (frame, objects, points, length, crc)]
+    if min(numbers) < 0:
+        raise ValueError(f"block {numbers}")
+    frame, objects, points, length, crc = numbers
+    return _BlockEntry(frame, objects, points, bool(elongation), str(IntensityUnit(unit)), length, crc)
+
+
 def _block_bytes(entry: _BlockEntry) -> int:
     per_object = sum(np.dtype(dtype).itemsize * width for dtype, width in OBJECT_COLUMNS.values())
     per_point = sum(
@@ -212,10 +221,10 @@ class PartFile:
             self.identity: dict[str, Any] = tree["identity"]
             self.categories: tuple[str, ...] = tuple(str(name) for name in tree["categories"])
             self.skipped = int(tree["skipped"])
-            self._entries = [_BlockEntry(*row) for row in tree["blocks"]]
+            self._entries = [_entry_of(row) for row in tree["blocks"]]
             sound = all(entry.length == _block_bytes(entry) for entry in self._entries)
             sound = sound and sum(entry.length for entry in self._entries) == offset
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise DataError(f"{path}: the index at byte {offset} lacks or garbles {error}. {_MEND}") from None
         if not sound:
             raise DataError(f"{path}: the index at byte {offset} does not fit the blocks before it. {_MEND}")

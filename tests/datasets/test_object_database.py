@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import picture3d.datasets.object_building as building
 from picture3d.datasets.detection_classes import NUSCENES_DETECTION, WAYMO_DETECTION, DetectionClasses
 from picture3d.datasets.object_building import build_object_database
-from picture3d.datasets.object_database import ObjectDatabase, database_path, databases_of
+from picture3d.datasets.object_database import HEAD, ObjectDatabase, database_path, databases_of
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.datasets.samples import DataConfig, read_sample
 from picture3d.errors import ConfigError, DataError
@@ -281,6 +285,49 @@ def test_every_flipped_byte_is_found(tmp_path):
         copy.write_bytes(good[:end])
         with pytest.raises(DataError):
             ObjectDatabase(copy)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_forged_description_gives_our_own_error_or_a_database(tmp_path, data):
+    """The checksum of the description is made to fit, so that what it says is all that can be judged."""
+    path = tmp_path / "objects" / "train-1sweeps.objects"
+    if not path.exists():
+        write_scenes(tmp_path, {"log-a": [random_frame(0, np.random.default_rng(3), categories=(CAR,), objects=3)]})
+        build_object_database(tmp_path)
+    good = path.read_bytes()
+    length = HEAD.unpack(good[: HEAD.size])[2]
+    tree = json.loads(good[HEAD.size : HEAD.size + length])
+    place = data.draw(st.sampled_from([(name,) for name in tree] + [(k, n) for k in ("identity", "columns") for n in tree[k]]))
+    anything = st.one_of(
+        st.none(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=9), st.lists(st.integers(), max_size=3),
+        st.dictionaries(st.sampled_from(["box", "xyz", "nothing"]), st.text("0123456789abcdef", min_size=8, max_size=8)),
+    )  # fmt: skip
+    (tree[place[0]] if len(place) == 2 else tree)[place[-1]] = data.draw(anything)
+    text = json.dumps(tree).encode()
+    start = HEAD.pack(good[:8], 1, len(text), google_crc32c.value(text), 0)[:20]
+    forged = path.with_name("forged.objects")
+    forged.write_bytes(start + google_crc32c.value(start).to_bytes(4, "little") + text + good[HEAD.size + length :])
+    try:
+        database = ObjectDatabase(forged)
+        for row in range(len(database)):
+            database.object(row)
+    except DataError:
+        pass
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    dataset_of_three_logs(tmp_path)
+
+    def full(file, offset, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(building, "_write_at", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        build_object_database(tmp_path, name="mine")
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "objects").iterdir()] == ["mine.parts"]
+    assert build_object_database(tmp_path, name="mine").logs_made == 0  # the logs were finished
 
 
 def test_damaged_points_are_found_when_they_are_read(tmp_path):
