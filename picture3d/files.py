@@ -115,7 +115,8 @@ def read_bounded(path: Path, *, max_bytes: int) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+            # Not the bound itself: a buffer of that size would be made for the smallest file.
+            data = file.read(min(max_bytes, max(os.fstat(file.fileno()).st_size, 1 << 16)) + 1)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file.") from None
     except OSError as error:
