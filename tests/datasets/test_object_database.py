@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from picture3d.errors import ConfigError, DataError
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.points import IntensityUnit
 from picture3d.structures.poses import Pose
-from tests.datasets.object_scenes import boxes_of, cloud_of, frame_of, random_frame, write_scenes
+from tests.datasets.object_scenes import box_points, boxes_of, cloud_of, frame_of, random_frame, write_scenes
 
 CAR, ADULT = "vehicle.car", "human.pedestrian.adult"
 
@@ -185,6 +186,23 @@ def test_merging_in_small_pieces_gives_the_same_bytes(tmp_path, monkeypatch):
     whole = build_object_database(tmp_path, name="whole")
     monkeypatch.setattr(building, "_POINTS_AT_ONCE", 1)
     assert build_object_database(tmp_path, name="pieces").path.read_bytes() == whole.path.read_bytes()
+
+
+def test_memory_does_not_grow_with_objects(tmp_path, monkeypatch):
+    """A frame holds 160 kB of points in boxes; what stays of it is its line in two indices."""
+    monkeypatch.setattr(building, "_POINTS_AT_ONCE", 1)
+    rng = np.random.default_rng(2)
+    row = [0.0, 0, 0, 4, 2, 2, 0]
+    frame = frame_of(cloud_of(box_points(row, 10_000, rng)), boxes_of([(CAR, row)]))
+    peaks = []
+    for length in (3, 23):
+        root = write_scenes(tmp_path / str(length), {"log-a": [replace(frame, index=i, token=str(i)) for i in range(length)]})
+        build_object_database(root, name="warm")
+        tracemalloc.start()
+        assert build_object_database(root).points == 10_000 * length
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 20 * 4000
 
 
 def test_classes_and_intervals_choose_what_is_kept(tmp_path):
