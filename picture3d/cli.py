@@ -141,6 +141,25 @@ def prepare_semantickitti(
     _show(command(raw, out, sweeps=sweeps, skip_missing=skip_missing))
 
 
+@prepare_app.command("waymo")
+def prepare_waymo(
+    raw: Annotated[Path, typer.Argument(help="Folder that holds training/, validation/ or testing/ with the tfrecords.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the prepared frames.")],
+    sweeps: Annotated[int, typer.Option(min=0, help="Earlier frames linked to each; fewer can be used when loading.")] = 9,
+    xyz_step: Annotated[float, typer.Option(min=0, help="Round coordinates to this many metres; 0 stores them exactly.")] = 0.0,
+) -> None:
+    """Prepare the Waymo Open Dataset v1.x: five LiDARs, both returns, poses, boxes, point classes. No TensorFlow.
+
+    Exit status 1 if a damaged segment was set aside; the others are prepared.
+    """
+    from picture3d.commands.prepare import prepare_waymo as command
+
+    text, whole = command(raw, out, sweeps=sweeps, xyz_step=xyz_step)
+    _show(text)
+    if not whole:
+        raise typer.Exit(1)
+
+
 @app.command()
 def doctor(
     folder: Annotated[Path, typer.Option(help="Where data is to be written; its disk is looked at.")] = Path(),

@@ -14,7 +14,7 @@ COMMANDS = [
     ["synth"], ["prepare"], ["prepare", "nuscenes"], ["prepare", "points"], ["targets"], ["pretrain"], ["finetune"],
     ["finetune", "segmentation"], ["finetune", "detection"], ["evaluate"], ["probe"], ["report"], ["recipes"],
     ["tensorboard"], ["demo"],
-    ["check"], ["data"], ["data", "info"], ["data", "objects"], ["doctor"], ["prepare", "semantickitti"],
+    ["check"], ["data"], ["data", "info"], ["data", "objects"], ["doctor"], ["prepare", "semantickitti"], ["prepare", "waymo"],
     ["weights"], ["weights", "show"], ["weights", "import"], ["weights", "export"],
     ["predict"], ["score"], ["score", "nuscenes-detection"],
 ]  # fmt: skip

@@ -143,4 +143,6 @@ def prepared_line(summary: PreparedSummary) -> str:
         parts.append(f"{summary.missing_files} files were not on disk")
     if summary.dropped_points:
         parts.append(f"{summary.dropped_points:,} points were not finite and are left out")
+    if summary.set_aside:
+        parts.append(f"{len(summary.set_aside)} logs are set aside, their raw files are damaged")
     return "; ".join(parts)

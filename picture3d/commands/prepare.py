@@ -1,4 +1,4 @@
-"""`picture3d prepare semantickitti`, `prepare argoverse2` and `prepare once`."""
+"""`picture3d prepare waymo`, `prepare semantickitti`, `prepare argoverse2` and `prepare once`."""
 
 from __future__ import annotations
 
@@ -14,3 +14,18 @@ def prepare_semantickitti(raw: Path, out: Path, *, sweeps: int, skip_missing: bo
 
     with Progress("prepare", unit="frames") as progress:
         return prepared_line(prepare(raw, out, sweeps=sweeps, skip_missing=skip_missing, progress=progress))
+
+
+def prepare_waymo(raw: Path, out: Path, *, sweeps: int, xyz_step: float) -> tuple[str, bool]:
+    """Prepares the Waymo Open Dataset v1.x; returns what to tell the user, and whether every segment could be read.
+
+    Raises:
+        DataError: if there is nothing to read, or nothing could be read.
+    """
+    from picture3d.datasets.waymo import prepare_waymo as prepare
+    from picture3d.formats.columns import PLANES, Codec, CodecKind
+
+    codec = Codec(CodecKind.GRID, xyz_step) if xyz_step else PLANES
+    with Progress("prepare", unit="frames") as progress:
+        summary = prepare(raw, out, sweeps=sweeps, xyz_codec=codec, progress=progress)
+    return "\n".join([*summary.set_aside, prepared_line(summary)]), not summary.set_aside

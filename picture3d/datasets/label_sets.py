@@ -38,7 +38,7 @@ def label_set(name: str) -> LabelSet:
     Raises:
         DataError: naming the nearest one, if there is none.
     """
-    known = {found.name: found for found in (_nuscenes_32(), _nuscenes_16(), _semantickitti(), _plain())}
+    known = {found.name: found for found in (_nuscenes_32(), _nuscenes_16(), _semantickitti(), _waymo(), _plain())}
     if name not in known:
         guess = nearest(name, known)
         hint = f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(known)}."
@@ -133,6 +133,41 @@ def _semantickitti() -> LabelSet:
     return LabelSet("semantickitti", names, _SEMANTICKITTI_TRAIN_NAMES, _frozen(table))
 
 
+# Segmentation.Type of waymo-open-dataset's segmentation.proto, in order; 0 is undefined.
+_WAYMO_NAMES = (
+    "ignored",
+    "car",
+    "truck",
+    "bus",
+    "other_vehicle",
+    "motorcyclist",
+    "bicyclist",
+    "pedestrian",
+    "sign",
+    "traffic_light",
+    "pole",
+    "construction_cone",
+    "bicycle",
+    "motorcycle",
+    "building",
+    "vegetation",
+    "tree_trunk",
+    "curb",
+    "road",
+    "lane_marker",
+    "other_ground",
+    "walkable",
+    "sidewalk",
+)
+
+
+@cache
+def _waymo() -> LabelSet:
+    table = np.zeros(256, np.uint8)
+    table[: len(_WAYMO_NAMES)] = np.arange(len(_WAYMO_NAMES))
+    return LabelSet("waymo", _WAYMO_NAMES, _WAYMO_NAMES, _frozen(table))
+
+
 @cache
 def _plain() -> LabelSet:
     names = ("ignored", *(f"class_{i}" for i in range(1, 256)))
@@ -147,3 +182,4 @@ def _frozen(table: NDArray[np.uint8]) -> NDArray[np.uint8]:
 NUSCENES_32 = _nuscenes_32()
 NUSCENES_16 = _nuscenes_16()
 SEMANTICKITTI = _semantickitti()
+WAYMO = _waymo()

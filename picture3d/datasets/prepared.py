@@ -63,6 +63,7 @@ class PreparedSummary:
     boxes: int
     missing_files: int = 0  # raw files that were listed and are not there; counted in this run
     dropped_points: int = 0  # points with NaN or infinite coordinates, left out in this run
+    set_aside: tuple[str, ...] = ()  # one message for each log whose raw file is damaged; they are not in the dataset
 
 
 class PreparedDataset:
@@ -240,7 +241,13 @@ def write_dataset(
 
 
 def summarise(
-    root: Path, logs: Mapping[str, LogSummary], *, logs_made: int, missing_files: int = 0, dropped_points: int = 0
+    root: Path,
+    logs: Mapping[str, LogSummary],
+    *,
+    logs_made: int,
+    missing_files: int = 0,
+    dropped_points: int = 0,
+    set_aside: Sequence[str] = (),
 ) -> PreparedSummary:
     """Adds up what the logs hold."""
     summaries = logs.values()
@@ -255,6 +262,7 @@ def summarise(
         boxes=sum(s.boxes for s in summaries),
         missing_files=missing_files,
         dropped_points=dropped_points,
+        set_aside=tuple(set_aside),
     )
 
 

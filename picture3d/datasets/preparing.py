@@ -48,35 +48,65 @@ def write_logs(
     splits: Mapping[str, Sequence[str]],
     missing_files: int = 0,
     xyz_codec: Codec = PLANES,
+    set_damaged_aside: bool = False,
     progress: Progress | None = None,
 ) -> PreparedSummary:
     """Makes the logs that an earlier run did not finish, one frame in memory at a time, then ``dataset.json``.
 
+    With `set_damaged_aside` a log whose raw data cannot be read is left out of the dataset and its splits, the summary says
+    why, and the others go on; otherwise the first one ends the preparation.
+
     Raises:
-        DataError: from reading the raw files, or if the folder cannot be written.
+        DataError: from reading the raw files, if the folder cannot be written, or if no log at all could be read.
     """
     total = sum(plan.count for plan in plans)
     done = dropped = made = 0
     logs: dict[str, LogSummary] = {}
+    set_aside: list[str] = []
     open_for_writing(out)
     for plan in plans:
         log = plan.header.log
         summary = finished_log(out, plan.header)
         if summary is None:
-            with LogWriter(log_path(out, log), plan.header, xyz_codec=xyz_codec) as writer:
-                for index, (frame, lost) in enumerate(plan.frames()):
-                    writer.add(frame)
-                    dropped += lost
-                    if progress is not None:
-                        progress(done + index + 1, total)
+            try:
+                with LogWriter(log_path(out, log), plan.header, xyz_codec=xyz_codec) as writer:
+                    for index, (frame, lost) in enumerate(_told_apart(plan.frames())):
+                        writer.add(frame)
+                        dropped += lost
+                        if progress is not None:
+                            progress(done + index + 1, total)
+            except _RawDataError as error:
+                if not set_damaged_aside:
+                    raise error.why from None
+                set_aside.append(f"log {log} is set aside: {error.why}")
+                done += plan.count
+                continue
             summary = writer.finished
             made += 1
         logs[log] = summary
         done += plan.count
         if progress is not None:
             progress(done, total)
+    if set_aside and not logs:
+        raise DataError(f"{out}: no log could be read. {set_aside[0]}")
+    splits = {split: [log for log in members if log in logs or not set_aside] for split, members in splits.items()}
     write_dataset(out, name=name, label_set_name=label_set_name, splits=splits, logs=logs)
-    return summarise(out, logs, logs_made=made, missing_files=missing_files, dropped_points=dropped)
+    return summarise(out, logs, logs_made=made, missing_files=missing_files, dropped_points=dropped, set_aside=set_aside)
+
+
+class _RawDataError(Exception):
+    """Raw data could not be read, which is told apart from prepared data that could not be written."""
+
+    def __init__(self, why: DataError) -> None:
+        super().__init__(str(why))
+        self.why = why
+
+
+def _told_apart(frames: Iterator[tuple[Frame, int]]) -> Iterator[tuple[Frame, int]]:
+    try:
+        yield from frames
+    except DataError as error:
+        raise _RawDataError(error) from error
 
 
 def refuse_missing(raw: Path, missing: Sequence[Path], *, skip_missing: bool) -> None:

@@ -1,0 +1,362 @@
+"""One ``Frame`` of the Waymo Open Dataset v1.x (perception), read by field number: LiDARs, labels and poses, no images.
+
+Source: the field numbers of waymo-open-dataset's dataset.proto (Frame, Context, LaserCalibration, Laser, RangeImage, the
+matrices, Transform, Polygon2dProto) and label.proto (Label). Fields that are not named here are stepped over without being
+read, those of newer versions too. The zlib streams of a frame are inflated one at a time, when they are asked for, and never
+beyond the largest range image that is believed.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from picture3d.errors import DataError
+from picture3d.formats.protobuf_wire import Field, Reader
+from picture3d.structures.poses import Pose
+
+TOP, FRONT, SIDE_LEFT, SIDE_RIGHT, REAR = 1, 2, 3, 4, 5
+LASER_NAMES = {TOP: "TOP", FRONT: "FRONT", SIDE_LEFT: "SIDE_LEFT", SIDE_RIGHT: "SIDE_RIGHT", REAR: "REAR"}
+RANGE_CHANNELS, POSE_CHANNELS, SEGMENTATION_CHANNELS = 4, 6, 2
+# The real ones are 64 x 2650 and 200 x 600; a range image that claims more is not inflated.
+MAX_PIXELS = 1 << 19
+_MAX_VARINT_BYTES = 10
+_MATRIX_SLACK = 64  # keys, lengths and the shape beside the numbers of a matrix
+# Transforms are rotations to float32 or better; what is farther off is another matrix.
+_RIGID_TOLERANCE = 1e-3
+_BOX_NUMBERS = 7
+_INT8, _INT32 = np.iinfo(np.int8).max, np.iinfo(np.int32).max
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LaserCalibration:
+    """Where a LiDAR sits and how its beams lie."""
+
+    name: int  # 1 TOP, 2 FRONT, 3 SIDE_LEFT, 4 SIDE_RIGHT, 5 REAR
+    beam_inclinations: NDArray[np.float64]  # (H,) radians, ascending, bottom row first; (0,) where only the range is given
+    inclination_min: float  # radians, lower edge of the lowest row
+    inclination_max: float  # radians, upper edge of the highest row
+    vehicle_from_laser: Pose
+
+    def inclinations(self, height: int, where: str) -> NDArray[np.float64]:
+        """(height,) radians, bottom row first: as given, or the middles of equal parts of the range.
+
+        Raises:
+            DataError: (naming `where`) if another number of beams is given, or there is no range.
+        """
+        if len(self.beam_inclinations):
+            if len(self.beam_inclinations) != height:
+                raise DataError(
+                    f"{where}: the range image has {height} rows, but the calibration gives the inclinations of "
+                    f"{len(self.beam_inclinations)} beams."
+                )
+            return self.beam_inclinations
+        low, high = self.inclination_min, self.inclination_max
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise DataError(f"{where}: the calibration gives neither beam inclinations nor a range of them ({low} to {high}).")
+        return low + (np.arange(height) + 0.5) / height * (high - low)
+
+
+class CompressedReturn(NamedTuple):
+    """The zlib streams of one return of one LiDAR; empty where the file has none. See the `read_*` functions below."""
+
+    range_image: memoryview  # MatrixFloat (H, W, 4): range, intensity, elongation, in no-label zone
+    pose: memoryview  # MatrixFloat (H, W, 6): roll, pitch, yaw, x, y, z of the vehicle when the pixel was measured
+    segmentation: memoryview  # MatrixInt32 (H, W, 2): instance, class
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LaserLabels:
+    """B boxes in the vehicle frame; every column has B rows."""
+
+    center: NDArray[np.float64]  # (B, 3) metres
+    size: NDArray[np.float64]  # (B, 3) length, width, height, metres
+    heading: NDArray[np.float64]  # (B,) radians, counter-clockwise from x
+    kind: NDArray[np.int8]  # (B,) 0 unknown, 1 vehicle, 2 pedestrian, 3 sign, 4 cyclist
+    id: tuple[str, ...]  # (B,) the same object keeps it in the segment
+    difficulty: NDArray[np.int8]  # (B,) of detection: 1, 2; 0 = not set
+    tracking_difficulty: NDArray[np.int8]  # (B,)
+    num_points: NDArray[np.int32]  # (B,) of all LiDARs; -1 = not counted
+    num_top_points: NDArray[np.int32]  # (B,) of the TOP LiDAR; -1 = not counted
+    velocity: NDArray[np.float64]  # (B, 3) metres per second, global axes; NaN = not given, z 0 before v1.3
+    acceleration: NDArray[np.float64]  # (B, 3) metres per second squared, global axes; the same
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NoLabelZone:
+    """An area of the global frame that was not annotated."""
+
+    id: str
+    outline: NDArray[np.float64]  # (n, 2) x, y in metres, not closed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WaymoFrame:
+    """What a frame says about its LiDARs. The streams refer to the bytes that were read."""
+
+    context: str  # name of the segment
+    timestamp_us: int
+    global_from_vehicle: Pose
+    calibrations: dict[int, LaserCalibration]  # by LiDAR
+    lasers: dict[int, tuple[CompressedReturn, CompressedReturn]]  # by LiDAR: first and second return
+    labels: LaserLabels
+    zones: tuple[NoLabelZone, ...]
+
+
+def read_frame(data: bytes | memoryview, where: str = "frame") -> WaymoFrame:
+    """A frame from the payload of its record; `where` is what errors call it, for example file and offset.
+
+    Raises:
+        DataError: naming the byte in the record, if the message is damaged, lacks its context, time or pose, or holds a
+            transform that is not a rotation and a translation.
+    """
+    reader = Reader(data, where)
+    context, calibrations = "", {}
+    timestamp: int | None = None
+    pose: Pose | None = None
+    lasers: dict[int, tuple[CompressedReturn, CompressedReturn]] = {}
+    labels: list[Field] = []
+    zones: list[NoLabelZone] = []
+    for field in reader.fields():
+        match field.number:
+            case 1:
+                context, calibrations = _context(reader, field)
+            case 2:
+                timestamp = reader.signed(field)
+            case 3:
+                pose = _transform(reader, field, "pose")
+            case 5:
+                name, returns = _laser(reader, field)
+                if name in lasers:
+                    raise DataError(f"{where}: LiDAR {name} occurs twice, again at byte {field.start}.")
+                lasers[name] = returns
+            case 6:
+                labels.append(field)
+            case 7:
+                zones.append(_zone(reader, field))
+    if not context or timestamp is None or pose is None:
+        what = "context name (1.1)" if not context else "timestamp (2)" if timestamp is None else "pose (3)"
+        raise DataError(f"{where}: holds no {what}; this is not a Frame of the Waymo Open Dataset v1.x.")
+    return WaymoFrame(context, timestamp, pose, calibrations, lasers, _labels(reader, labels), tuple(zones))
+
+
+def read_range_image(stream: memoryview, where: str) -> NDArray[np.float32]:
+    """(H, W, 4) float32: range in metres, intensity, elongation, 1 in a no-label zone; range <= 0 where nothing returned.
+
+    Raises:
+        DataError: (naming `where`) if it is not such a matrix, or larger than is believed; see :func:`read_frame`.
+    """
+    return _float_matrix(stream, RANGE_CHANNELS, where)
+
+
+def read_pixel_poses(stream: memoryview, where: str) -> NDArray[np.float32]:
+    """(H, W, 6) float32: roll, pitch, yaw in radians and x, y, z in metres of the vehicle in the global frame, per pixel.
+
+    Raises:
+        DataError: as :func:`read_range_image`.
+    """
+    return _float_matrix(stream, POSE_CHANNELS, where)
+
+
+def read_segmentation(stream: memoryview, where: str) -> NDArray[np.int64]:
+    """(H, W, 2) int64: instance id and class of segmentation.proto, per pixel.
+
+    Raises:
+        DataError: as :func:`read_range_image`.
+    """
+    message = inflate(stream, MAX_PIXELS * SEGMENTATION_CHANNELS * _MAX_VARINT_BYTES + _MATRIX_SLACK, where)
+    reader = Reader(message, where)
+    pieces, shape = _matrix(reader, SEGMENTATION_CHANNELS)
+    return _joined([reader.integers(piece) for piece in pieces], np.dtype(np.int64), shape, where)
+
+
+def inflate(stream: memoryview, max_bytes: int, where: str) -> bytes:
+    """The content of a zlib stream, if it has at most `max_bytes`; no more than that is ever inflated.
+
+    Raises:
+        DataError: (naming `where`) if it has more, is cut off, is followed by something, or is no zlib stream.
+    """
+    inflator = zlib.decompressobj()
+    try:
+        content = inflator.decompress(stream, max_bytes + 1)
+    except zlib.error as error:
+        raise DataError(f"{where}: is not a zlib stream ({error}); the file is damaged, fetch it again.") from None
+    if len(content) > max_bytes:
+        raise DataError(
+            f"{where}: inflates to more than the {max_bytes} bytes it may have and was not read; do not trust the file."
+        )
+    if not inflator.eof or inflator.unused_data:
+        raise DataError(f"{where}: the zlib stream of {len(stream)} bytes does not end where it should; fetch the file again.")
+    return content
+
+
+def _float_matrix(stream: memoryview, channels: int, where: str) -> NDArray[np.float32]:
+    reader = Reader(inflate(stream, MAX_PIXELS * channels * 5 + _MATRIX_SLACK, where), where)
+    pieces, shape = _matrix(reader, channels)
+    return _joined([reader.floats(piece) for piece in pieces], np.dtype(np.float32), shape, where)
+
+
+def _matrix(reader: Reader, channels: int) -> tuple[list[Field], tuple[int, int, int]]:
+    """The fields that hold the numbers of a matrix, and its shape."""
+    pieces: list[Field] = []
+    dims: list[int] = []
+    for field in reader.fields():
+        if field.number == 1:
+            pieces.append(field)
+        elif field.number == 2:
+            for inner in reader.message(field):
+                if inner.number == 1:
+                    # A shape has three sides; a message full of them is refused below without being joined.
+                    dims += reader.integers(inner)[:4].tolist() if len(dims) < 4 else []
+    if len(dims) != 3 or dims[2] != channels or min(dims) < 1 or dims[0] * dims[1] > MAX_PIXELS:
+        raise DataError(
+            f"{reader.where}: has shape {tuple(dims)}, expected (rows, columns, {channels}) of at most {MAX_PIXELS} pixels."
+        )
+    return pieces, (dims[0], dims[1], dims[2])
+
+
+def _joined(pieces: list[NDArray], dtype: np.dtype, shape: tuple[int, int, int], where: str) -> NDArray:
+    # Packed data are one piece and are not copied.
+    values = pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, dtype), *pieces])
+    if values.size != math.prod(shape):
+        raise DataError(f"{where}: holds {values.size} numbers, its shape {shape} needs {math.prod(shape)}.")
+    return values.reshape(shape)
+
+
+def _context(reader: Reader, field: Field) -> tuple[str, dict[int, LaserCalibration]]:
+    name, calibrations = "", {}
+    for inner in reader.message(field):
+        if inner.number == 1:
+            name = reader.text(inner)
+        elif inner.number == 3:
+            calibration = _calibration(reader, inner)
+            if calibration.name in calibrations:
+                raise DataError(f"{reader.where}: LiDAR {calibration.name} is calibrated twice, again at byte {inner.start}.")
+            calibrations[calibration.name] = calibration
+    return name, calibrations
+
+
+def _calibration(reader: Reader, field: Field) -> LaserCalibration:
+    name, low, high = 0, math.nan, math.nan
+    beams: list[NDArray[np.float64]] = []
+    extrinsic: Pose | None = None
+    for inner in reader.message(field):
+        match inner.number:
+            case 1:
+                name = reader.signed(inner)
+            case 2:
+                beams.append(reader.doubles(inner))
+            case 3:
+                low = reader.double(inner)
+            case 4:
+                high = reader.double(inner)
+            case 5:
+                extrinsic = _transform(reader, inner, f"extrinsic of LiDAR {name}")
+    if name not in LASER_NAMES or extrinsic is None:
+        raise DataError(f"{reader.where}: the laser calibration at byte {field.start} is of LiDAR {name}, or has no extrinsic.")
+    inclinations = np.concatenate([np.zeros(0), *beams])
+    if not np.isfinite(inclinations).all():
+        raise DataError(
+            f"{reader.where}: a beam inclination of LiDAR {name} is not finite, in bytes {field.start} to {field.stop}."
+        )
+    return LaserCalibration(name, inclinations, low, high, extrinsic)
+
+
+def _transform(reader: Reader, field: Field, what: str) -> Pose:
+    pieces = [reader.doubles(inner) for inner in reader.message(field) if inner.number == 1]
+    values = np.concatenate([np.zeros(0), *pieces])
+    place = f"{reader.where}: the {what} at byte {field.start}"
+    if values.size != 16:
+        raise DataError(f"{place} has {values.size} numbers, expected the 16 of a 4 x 4 matrix.")
+    matrix = values.reshape(4, 4)
+    rotation = matrix[:3, :3]
+    off = np.abs(rotation @ rotation.T - np.eye(3)).max() if np.isfinite(values).all() else np.inf
+    if not off < _RIGID_TOLERANCE or np.linalg.det(rotation) < 0 or not np.array_equal(matrix[3], [0, 0, 0, 1]):
+        raise DataError(f"{place} is not a rotation and a translation; the file is damaged.")
+    return Pose(rotation, matrix[:3, 3])
+
+
+def _laser(reader: Reader, field: Field) -> tuple[int, tuple[CompressedReturn, CompressedReturn]]:
+    name = 0
+    nothing = CompressedReturn(*[memoryview(b"")] * 3)
+    returns = [nothing, nothing]
+    for inner in reader.message(field):
+        if inner.number == 1:
+            name = reader.signed(inner)
+        elif inner.number in (2, 3):
+            streams = {part.number: reader.data(part) for part in reader.message(inner) if part.number in (2, 4, 6)}
+            returns[inner.number - 2] = CompressedReturn(*(streams.get(number, memoryview(b"")) for number in (2, 4, 6)))
+    if name not in LASER_NAMES:
+        raise DataError(f"{reader.where}: there is no LiDAR {name} (byte {field.start}); known are 1 to 5.")
+    return name, (returns[0], returns[1])
+
+
+def _zone(reader: Reader, field: Field) -> NoLabelZone:
+    sides: dict[int, list[NDArray[np.float64]]] = {1: [np.zeros(0)], 2: [np.zeros(0)]}
+    name = ""
+    for inner in reader.message(field):
+        if inner.number in sides:
+            sides[inner.number].append(reader.doubles(inner))
+        elif inner.number == 3:
+            name = reader.text(inner)
+    x, y = np.concatenate(sides[1]), np.concatenate(sides[2])
+    if len(x) != len(y):
+        raise DataError(f"{reader.where}: the no-label zone at byte {field.start} has {len(x)} x but {len(y)} y.")
+    return NoLabelZone(name, np.stack([x, y], 1))
+
+
+def _labels(reader: Reader, fields: list[Field]) -> LaserLabels:
+    count = len(fields)
+    box = np.full((count, _BOX_NUMBERS), np.nan)
+    # By field number of Metadata: speed x, y; acceleration x, y; speed z; acceleration z. Older files do not have the last two.
+    motion = np.tile([np.nan, np.nan, np.nan, np.nan, 0.0, 0.0], (count, 1))
+    integers = np.zeros((count, 5), np.int64)  # type, detection difficulty, tracking difficulty, points, TOP points
+    integers[:, 3:] = -1
+    column = {3: 0, 5: 1, 6: 2, 7: 3, 13: 4}
+    names: list[str] = []
+    for row, field in enumerate(fields):
+        name = ""
+        for inner in reader.message(field):
+            if inner.number == 1:
+                _doubles_into(reader, reader.message(inner), box[row])
+            elif inner.number == 2:
+                _doubles_into(reader, reader.message(inner), motion[row])
+            elif inner.number in column:
+                integers[row, column[inner.number]] = reader.signed(inner)
+            elif inner.number == 4:
+                name = reader.text(inner)
+        names.append(name)
+        place = f"{reader.where}: label '{name}' (bytes {field.start} to {field.stop})"
+        if not np.isfinite(box[row]).all() or box[row, 3:6].min() < 0:
+            raise DataError(f"{place} has a box that lacks a number, or of a negative size.")
+        if not ((integers[row, :3] >= 0) & (integers[row, :3] <= _INT8)).all() or (abs(integers[row, 3:]) > _INT32).any():
+            raise DataError(f"{place} has a type, difficulty or count that cannot be: {integers[row].tolist()}.")
+    return LaserLabels(
+        center=box[:, :3],
+        size=box[:, [4, 3, 5]],
+        heading=box[:, 6],
+        kind=integers[:, 0].astype(np.int8),
+        id=tuple(names),
+        difficulty=integers[:, 1].astype(np.int8),
+        tracking_difficulty=integers[:, 2].astype(np.int8),
+        num_points=integers[:, 3].astype(np.int32),
+        num_top_points=integers[:, 4].astype(np.int32),
+        velocity=motion[:, [0, 1, 4]],
+        acceleration=motion[:, [2, 3, 5]],
+    )
+
+
+def _doubles_into(reader: Reader, fields: Iterator[Field], row: NDArray[np.float64]) -> None:
+    """Writes ``double`` field n into ``row[n - 1]``."""
+    for field in fields:
+        if field.number <= len(row):
+            row[field.number - 1] = reader.double(field)
