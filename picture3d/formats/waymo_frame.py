@@ -107,7 +107,7 @@ class WaymoFrame:
     timestamp_us: int
     global_from_vehicle: Pose
     calibrations: dict[int, LaserCalibration]  # by LiDAR
-    lasers: dict[int, tuple[CompressedReturn, CompressedReturn]]  # by LiDAR: first and second return
+    lasers: dict[int, tuple[CompressedReturn, CompressedReturn]]  # by LiDAR: first and second return; empty messages left out
     labels: LaserLabels
     zones: tuple[NoLabelZone, ...]
 
@@ -135,6 +135,9 @@ def read_frame(data: bytes | memoryview, where: str = "frame") -> WaymoFrame:
             case 3:
                 pose = _transform(reader, field, "pose")
             case 5:
+                # Files whose range images were taken out keep a nameless, empty message for each LiDAR.
+                if field.start == field.stop:
+                    continue
                 name, returns = _laser(reader, field)
                 if name in lasers:
                     raise DataError(f"{where}: LiDAR {name} occurs twice, again at byte {field.start}.")
@@ -279,7 +282,8 @@ def _transform(reader: Reader, field: Field, what: str) -> Pose:
         raise DataError(f"{place} has {values.size} numbers, expected the 16 of a 4 x 4 matrix.")
     matrix = values.reshape(4, 4)
     rotation = matrix[:3, :3]
-    off = np.abs(rotation @ rotation.T - np.eye(3)).max() if np.isfinite(values).all() else np.inf
+    believable = np.isfinite(values).all() and np.abs(rotation).max() < 1 + _RIGID_TOLERANCE
+    off = np.abs(rotation @ rotation.T - np.eye(3)).max() if believable else np.inf
     if not off < _RIGID_TOLERANCE or np.linalg.det(rotation) < 0 or not np.array_equal(matrix[3], [0, 0, 0, 1]):
         raise DataError(f"{place} is not a rotation and a translation; the file is damaged.")
     return Pose(rotation, matrix[:3, 3])
