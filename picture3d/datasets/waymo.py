@@ -177,6 +177,7 @@ def boxes_of_labels(labels: LaserLabels, global_from_vehicle: Pose) -> Boxes:
     ).select(keep)
 
 
+@np.errstate(over="ignore")  # what float32 cannot hold is not finite and will be dropped
 def _points(raw: WaymoFrame, where: str) -> tuple[PointCloud, NDArray[np.uint8] | None, NDArray[np.uint16] | None]:
     # One list per column; a frame without a return is a frame without points.
     parts: dict[str, list[NDArray]] = {

@@ -29,6 +29,8 @@ class RangeImagePoints:
     no_label_zone: NDArray[np.bool_]  # (N,)
 
 
+# An infinite range or pose gives a point that is not finite; it is for the caller to drop.
+@np.errstate(invalid="ignore", over="ignore")
 def points_of_range_image(
     image: NDArray[np.float32],
     inclinations: NDArray[np.float64],
