@@ -147,6 +147,7 @@ def prepare_waymo(
     out: Annotated[Path, typer.Argument(help="Folder for the prepared frames.")],
     sweeps: Annotated[int, typer.Option(min=0, help="Earlier frames linked to each; fewer can be used when loading.")] = 9,
     xyz_step: Annotated[float, typer.Option(min=0, help="Round coordinates to this many metres; 0 stores them exactly.")] = 0.0,
+    processes: Annotated[int, typer.Option(min=1, help="Segments prepared side by side; the bytes do not depend on it.")] = 1,
 ) -> None:
     """Prepare the Waymo Open Dataset v1.x: five LiDARs, both returns, poses, boxes, point classes. No TensorFlow.
 
@@ -154,7 +155,7 @@ def prepare_waymo(
     """
     from picture3d.commands.prepare import prepare_waymo as command
 
-    text, whole = command(raw, out, sweeps=sweeps, xyz_step=xyz_step)
+    text, whole = command(raw, out, sweeps=sweeps, xyz_step=xyz_step, processes=processes)
     _show(text)
     if not whole:
         raise typer.Exit(1)

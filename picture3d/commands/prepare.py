@@ -16,7 +16,7 @@ def prepare_semantickitti(raw: Path, out: Path, *, sweeps: int, skip_missing: bo
         return prepared_line(prepare(raw, out, sweeps=sweeps, skip_missing=skip_missing, progress=progress))
 
 
-def prepare_waymo(raw: Path, out: Path, *, sweeps: int, xyz_step: float) -> tuple[str, bool]:
+def prepare_waymo(raw: Path, out: Path, *, sweeps: int, xyz_step: float, processes: int) -> tuple[str, bool]:
     """Prepares the Waymo Open Dataset v1.x; returns what to tell the user, and whether every segment could be read.
 
     Raises:
@@ -27,5 +27,5 @@ def prepare_waymo(raw: Path, out: Path, *, sweeps: int, xyz_step: float) -> tupl
 
     codec = Codec(CodecKind.GRID, xyz_step) if xyz_step else PLANES
     with Progress("prepare", unit="frames") as progress:
-        summary = prepare(raw, out, sweeps=sweeps, xyz_codec=codec, progress=progress)
+        summary = prepare(raw, out, sweeps=sweeps, xyz_codec=codec, processes=processes, progress=progress)
     return "\n".join([*summary.set_aside, prepared_line(summary)]), not summary.set_aside

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def prepare_waymo(
     sweeps: int = 9,
     name: str = "waymo",
     xyz_codec: Codec = PLANES,
+    processes: int = 1,
     progress: Progress | None = None,
 ) -> PreparedSummary:
     """Prepares the segments on disk; a rerun makes only what is missing or was made from other files.
@@ -66,6 +68,7 @@ def prepare_waymo(
         sweeps: how many earlier frames each frame is linked to; how many are used is chosen when frames are loaded.
         name: name of the dataset.
         xyz_codec: how coordinates are stored; the default is lossless.
+        processes: segments made side by side; each needs the memory of one frame. The bytes do not depend on it.
         progress: called with (frames done, frames in all).
 
     Raises:
@@ -96,6 +99,7 @@ def prepare_waymo(
         splits=splits,
         xyz_codec=xyz_codec,
         set_damaged_aside=True,
+        processes=processes,
         progress=progress,
     )
 
@@ -261,7 +265,7 @@ def _plan(path: Path, log: str, split: str, dataset: str, settings: Mapping[str,
         lengths = [(path.stat().st_size, 0)]  # reading the frames says what is wrong, and where
     source = {**settings, "split": split, "raw_crc32c": checksum([path.name, *lengths])}
     header = LogHeader(log, dataset, WAYMO.name, source)
-    return LogPlan(header, len(lengths), lambda: _frames(path, log, split, int(settings["sweeps"])))
+    return LogPlan(header, len(lengths), partial(_frames, path, log, split, int(settings["sweeps"])))
 
 
 def _frames(path: Path, log: str, split: str, sweeps: int) -> Iterator[tuple[Frame, int]]:

@@ -193,6 +193,18 @@ def test_a_flipped_byte_sets_its_log_aside_and_the_others_go_on(three, tmp_path,
     assert PreparedDataset(out).logs("train") == ("a", "b", "c")
 
 
+def test_two_processes_make_the_same_bytes_and_set_the_same_log_aside(three, tmp_path):
+    damaged = segment_files(three / "training")[0]
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    alone = prepare_waymo(three, tmp_path / "alone")
+    together = prepare_waymo(three, tmp_path / "together", processes=2)
+    assert alone.set_aside == together.set_aside
+    assert len(together.set_aside) == 1
+    assert (together.logs, together.logs_made, together.points) == (2, 2, alone.points)
+    for log in ("b", "c"):
+        assert (tmp_path / "alone/logs" / f"{log}.p3d").read_bytes() == (tmp_path / "together/logs" / f"{log}.p3d").read_bytes()
+
+
 @pytest.mark.parametrize("lost", [1, 5, 1000])
 def test_a_truncated_record_sets_its_log_aside(three, tmp_path, lost):
     damaged = segment_files(three / "training")[2]
