@@ -43,6 +43,7 @@ SPLIT_FOLDERS = {"training": "train", "validation": "val", "testing": "test"}
 CATEGORIES = {UNKNOWN: "unknown", VEHICLE: "vehicle", PEDESTRIAN: "pedestrian", SIGN: "sign", CYCLIST: "cyclist"}
 _PREPARER = "waymo/1"  # raise when the same raw data would give other prepared frames
 _SEGMENT = re.compile(r"segment-(.+?)(_with_camera_labels)?")
+_FARTHEST_M = 1e4
 _MAX_INSTANCE = np.iinfo(np.uint16).max
 _MAX_CLASS = np.iinfo(np.uint8).max
 
@@ -141,6 +142,9 @@ def frame_of_waymo(
         points = points.select(finite)
         labels = None if labels is None else labels[finite]
         instances = None if instances is None else instances[finite]
+    farthest = float(np.abs(points.xyz).max(initial=0))
+    if farthest > _FARTHEST_M:
+        raise DataError(f"{where}: a point lies {farthest:.3g} m from the car, in its range images or poses; they see 75 m.")
     frame = Frame(
         log=log,
         index=index,

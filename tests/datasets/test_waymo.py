@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import re
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from picture3d.cli import main
+from picture3d.datasets.frame_columns import columns_of
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.datasets.waymo import frame_of_waymo, prepare_waymo, segment_files, segment_name
 from picture3d.errors import DataError
-from picture3d.formats.columns import Codec, CodecKind
+from picture3d.formats.columns import PLANES, Codec, CodecKind, encode
 from picture3d.formats.tfrecord import RecordWriter, read_records, record_lengths
 from picture3d.formats.waymo_frame import read_frame
 from picture3d.structures.frame import Frame
@@ -381,6 +385,37 @@ GRID = np.ones((3, 5, 4), np.float32)
 def test_frames_that_contradict_themselves_are_refused(lasers, why):
     with pytest.raises(DataError, match=f"^f, .*{why}"):
         one(Made(calibrations=[calibration(1), calibration(2)], lasers=lasers))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+def test_any_damage_gives_our_error_or_a_frame_that_can_be_stored(changes, seed):
+    rng = np.random.default_rng(seed)
+    parts = [floats(image_of(rng, 3, 5)), floats(rng.normal(size=(3, 5, 6))), integers(rng.integers(0, 23, (3, 5, 2)))]
+    inside = [bytearray(zlib.decompress(part)) for part in parts]
+    for at, value in changes[::2]:
+        # Inside a matrix, where no checksum of zlib sees it.
+        part = inside[at % 3]
+        part[at // 3 % len(part)] = value
+    streams = [zlib.compress(bytes(part)) for part in inside]
+    made = small_frame(rng, lasers=[laser(1, echo(*streams), echo(streams[0]))], calibrations=[calibration(1)])
+    data = bytearray(made.bytes())
+    for at, value in changes[1::2]:
+        data[at % len(data)] = value
+    try:
+        frame, _ = frame_of_waymo(read_frame(bytes(data), "f"), "log", 0, "f")
+    except DataError:
+        return
+    columns_of(frame, "f")
+    for codec in (PLANES, Codec(CodecKind.GRID, 0.001)):
+        encode(frame.points.xyz, codec)
+
+
+def test_points_far_beyond_any_lidar_are_refused():
+    far = GRID.copy()
+    far[0, 0, 0] = 1e6
+    with pytest.raises(DataError, match=r"a point lies .* m from the car"):
+        one(Made(calibrations=[calibration(2)], lasers=[laser(2, echo(floats(far)))]))
 
 
 def test_inclinations_of_another_number_of_beams_are_refused():
