@@ -7,6 +7,7 @@ from pathlib import Path
 
 from picture3d.datasets.check import CheckReport, check_prepared
 from picture3d.datasets.check_raw import check_raw_nuscenes, is_raw_nuscenes
+from picture3d.datasets.check_waymo import check_raw_waymo, is_raw_waymo
 from picture3d.datasets.object_database import databases_of
 from picture3d.datasets.prepared import FrameKey, PreparedDataset, log_path
 from picture3d.errors import DataError
@@ -26,9 +27,12 @@ def check(folder: Path, *, as_json: bool) -> tuple[str, bool]:
             report = check_prepared(folder, progress=progress)
         elif is_raw_nuscenes(folder):
             report = check_raw_nuscenes(folder, progress=progress)
+        elif is_raw_waymo(folder):
+            report = check_raw_waymo(folder, progress=progress)
         else:
             raise DataError(
-                f"{folder}: neither prepared frames (no dataset.json) nor raw nuScenes (no v1.0-*/scene.json). "
+                f"{folder}: neither prepared frames (no dataset.json) nor raw nuScenes (no v1.0-*/scene.json) nor raw Waymo "
+                "(no tfrecord in training/, validation/ or testing/). "
                 "Name the folder that holds one of these."
             )
     return (json.dumps(report.to_json()) if as_json else _check_text(report)), report.sound

@@ -24,7 +24,7 @@ Memory does not grow with the number of frames: what is kept is one line per kin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,34 +98,50 @@ def check_prepared(root: Path, *, progress: ProgressCallback | None = None) -> C
     """
     dataset = PreparedDataset(root)
     findings = [*_splits(dataset), *_strays(dataset)]
-    counts: dict[str, int] = dict.fromkeys(("logs", "frames", "keyframes", "points", "boxes", "labelled"), 0)
-    classes, categories = Counter[str](), Counter[str]()
+    tally = Tally()
     logs = dataset.logs()
     total = sum(dataset.summary(log).frames for log in logs)
     done = 0
     for log in logs:
-        summary, found = dataset.summary(log), _LogFindings(log)
-        counts["logs"] += 1
-        counts["keyframes"] += len(summary.keyframes)
+        found = LogFindings(log)
+        tally.counts["logs"] += 1
+        tally.counts["keyframes"] += len(dataset.summary(log).keyframes)
         for frame in _frames(dataset, log, found):
             found.look_at(frame, dataset.label_set)
-            counts["frames"] += 1
-            counts["points"] += len(frame.points)
-            counts["boxes"] += 0 if frame.boxes is None else len(frame.boxes)
-            if frame.labels is not None:
-                counts["labelled"] += 1
-                if dataset.label_set is not None:
-                    _count_classes(classes, frame, dataset.label_set)
-            if frame.boxes is not None:
-                categories.update(frame.boxes.category)
+            tally.add(frame, dataset.label_set)
             done += 1
             if progress is not None:
                 progress(done, total)
         findings += found.finish()
-    return CheckReport(dataset.root, tuple(findings), counts, dict(sorted(classes.items())), dict(sorted(categories.items())))
+    return tally.report(dataset.root, findings)
 
 
-class _LogFindings:
+class Tally:
+    """Frames, points, boxes and classes, added up as frames pass by; logs and keyframes are for the caller to count."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = dict.fromkeys(("logs", "frames", "keyframes", "points", "boxes", "labelled"), 0)
+        self._classes, self._categories = Counter[str](), Counter[str]()
+
+    def add(self, frame: Frame, labels: LabelSet | None) -> None:
+        """Counts one frame."""
+        self.counts["frames"] += 1
+        self.counts["points"] += len(frame.points)
+        if frame.labels is not None:
+            self.counts["labelled"] += 1
+            if labels is not None:
+                _count_classes(self._classes, frame, labels)
+        if frame.boxes is not None:
+            self.counts["boxes"] += len(frame.boxes)
+            self._categories.update(frame.boxes.category)
+
+    def report(self, root: Path, findings: Iterable[Finding]) -> CheckReport:
+        """What was counted, and what was found."""
+        classes, categories = (dict(sorted(counter.items())) for counter in (self._classes, self._categories))
+        return CheckReport(root, tuple(findings), self.counts, classes, categories)
+
+
+class LogFindings:
     """Findings of one log, counted by kind as its frames pass by."""
 
     def __init__(self, log: str) -> None:
@@ -135,10 +151,12 @@ class _LogFindings:
         self._keyframes = self._labelled = 0  # that could be read
 
     def add(self, level: Level, kind: str, what: str, count: int = 1) -> None:
+        """Notes one case of a kind of trouble, or several."""
         _, named, counted = self._found.setdefault(kind, (level, [], 0))
         self._found[kind] = (level, named if len(named) >= _NAMED else [*named, what], counted + count)
 
     def look_at(self, frame: Frame, labels: LabelSet | None) -> None:
+        """Notes what is wrong with a frame, and with its step from the one before."""
         place = f"frame {frame.index}"
         self._keyframes += int(frame.is_keyframe)
         if len(frame.points) == 0:
@@ -190,6 +208,7 @@ class _LogFindings:
                 self.add("warning", "pose-jump", f"{place} is {moved:.1f} m from frame {before.index}, {elapsed:.3f} s later")
 
     def finish(self) -> list[Finding]:
+        """One finding for each kind of trouble."""
         bare = self._keyframes - self._labelled
         if self._labelled > 0 and bare > 0:
             self.add("warning", "labels-partly", f"{self._labelled} of {self._keyframes} keyframes have labels", bare)
@@ -199,7 +218,7 @@ class _LogFindings:
         ]
 
 
-def _frames(dataset: PreparedDataset, log: str, found: _LogFindings) -> Iterator[Frame]:
+def _frames(dataset: PreparedDataset, log: str, found: LogFindings) -> Iterator[Frame]:
     """The readable frames of a log; what cannot be read is a finding, and the frames after it are still looked at."""
     try:
         reader = dataset.reader(log)
