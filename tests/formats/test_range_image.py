@@ -9,13 +9,13 @@ from picture3d.errors import DataError
 from picture3d.formats.range_image import points_of_range_image
 from picture3d.formats.waymo_frame import read_frame, read_pixel_poses, read_range_image
 from picture3d.structures.poses import Pose
-from tests.made_waymo import Made, calibration, echo, floats, image_of, laser, random_pose
+from tests.made_waymo import Made, calibration, echo, floats, image_of, integers, laser, random_pose
 from tests.waymo_reference import SHAPES, Message, rotation_of, vehicle_points
 
 
-def full_frame(rng: np.random.Generator) -> Made:
-    """Five LiDARs of the real shapes, anywhere in the world, the car turning while the TOP LiDAR does."""
-    pose = random_pose(rng, 20_000)
+def full_frame(rng: np.random.Generator, reach: float = 20_000) -> Made:
+    """Five LiDARs of the real shapes, within `reach` metres of the origin, every pixel of TOP from a pose of its own."""
+    pose = random_pose(rng, reach)
     made = Made(pose=pose.matrix)
     for name, shape in SHAPES.items():
         beams = np.sort(rng.uniform(-0.3, 0.05, shape[0])) if name == 1 else ()
@@ -23,12 +23,12 @@ def full_frame(rng: np.random.Generator) -> Made:
         poses = b""
         if name == 1:
             per_pixel = np.zeros((*shape, 6))
-            per_pixel[..., :3] = rng.uniform(-np.pi, np.pi, 3) + rng.normal(0, 0.01, (*shape, 3))
+            per_pixel[..., :3] = rng.uniform(-1, 1, 3) + rng.normal(0, 0.01, (*shape, 3))
             per_pixel[..., 3:] = pose.translation + rng.normal(0, 0.5, (*shape, 3))
             poses = floats(per_pixel)
-        made.lasers.append(
-            laser(name, echo(floats(image_of(rng, *shape)), poses), echo(floats(image_of(rng, *shape, share=0.02))))
-        )  # fmt: skip
+        camera = integers(np.zeros((*shape, 6), int))
+        first = echo(floats(image_of(rng, *shape)), poses, camera=camera)
+        made.lasers.append(laser(name, first, echo(floats(image_of(rng, *shape, share=0.02)), camera=camera)))
     return made
 
 
