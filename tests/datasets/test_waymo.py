@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from picture3d.cli import main
 from picture3d.datasets.frame_columns import columns_of
+from picture3d.datasets.label_sets import WAYMO
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
+from picture3d.datasets.samples import DataConfig, load_sample
 from picture3d.datasets.waymo import frame_of_waymo, prepare_waymo, segment_files, segment_name
 from picture3d.errors import DataError
 from picture3d.formats.columns import PLANES, Codec, CodecKind, encode
@@ -24,6 +26,7 @@ from picture3d.formats.waymo_frame import read_frame
 from picture3d.structures.frame import Frame
 from picture3d.structures.points import IntensityUnit
 from picture3d.structures.poses import Pose
+from picture3d.synthetic import waymo_truth
 from picture3d.synthetic.nuscenes_rows import town_seed
 from picture3d.synthetic.waymo_drive import WaymoConfig, WaymoFrame, waymo_frame
 from picture3d.synthetic.waymo_writer import write_waymo
@@ -54,8 +57,8 @@ def prepared(town) -> PreparedDataset:
 def pairs(town, prepared) -> list[tuple[Frame, WaymoFrame]]:
     """Prepared frames of the first scene, and what the town says about them."""
     (log,) = prepared.logs("train")
-    truth = build_town(town_seed(SEED, 1))
-    return [(prepared.frame(FrameKey(log, i)), waymo_frame(truth, WaymoConfig(frames=FRAMES), i)) for i in range(FRAMES)]
+    town_itself = build_town(town_seed(SEED, 1))
+    return [(prepared.frame(FrameKey(log, i)), waymo_frame(town_itself, WaymoConfig(frames=FRAMES), i)) for i in range(FRAMES)]
 
 
 def test_points_of_the_town_come_back(pairs):
@@ -126,6 +129,26 @@ def test_logs_poses_times_and_links(town, prepared, pairs):
         assert np.array_equal(frame.ego_from_lidar.matrix, np.eye(4))
         assert frame.previous == tuple(range(index - 1, -1, -1))
         assert frame.token == f"{frame.log}_{index:03d}"
+
+
+def test_one_frame_or_several_is_chosen_when_they_are_loaded(prepared, pairs):
+    (before, truth_before), (now, truth_now) = pairs
+    key = FrameKey(now.log, 1)
+    tree = {"root": str(prepared.root), "features": ["intensity", "elongation", "time_lag"]}
+    single, several = (
+        load_sample(prepared, key, DataConfig.from_tree({**tree, "sweeps": sweeps}), None) for sweeps in (1, 5)
+    )  # fmt: skip
+    assert np.array_equal(single.xyz, now.points.xyz)
+    own = len(now.points)
+    assert np.array_equal(several.xyz[:own], now.points.xyz)
+    away = ~(np.abs(before.points.xyz[:, :2]) < 1).all(1)
+    assert len(several.xyz) == own + np.count_nonzero(away)
+    everywhere = [echoes.xyz_global[np.argsort(echoes.pixel)] for images in truth_before.lasers for echoes in images.returns]
+    expected = truth_now.global_from_vehicle.inverse().apply(np.concatenate(everywhere)[away])
+    np.testing.assert_allclose(several.xyz[own:], expected, rtol=0, atol=5e-5)
+    np.testing.assert_allclose(several.features[own:, 2], 0.1, rtol=1e-6)
+    assert not several.features[:own, 2].any()
+    np.testing.assert_allclose(single.features[:, 0], np.tanh(now.points.intensity), rtol=1e-6)
 
 
 def test_a_second_run_makes_nothing_and_coordinates_can_be_rounded(town, prepared, tmp_path):
@@ -276,6 +299,19 @@ def test_segments_may_lie_one_folder_deeper_and_links_in_circles_do_no_harm(tmp_
     write_segment(tmp_path, "a", small_segment("a"), "training/training_0000")
     (tmp_path / "training" / "circle").symlink_to(tmp_path / "training")
     assert prepare_waymo(tmp_path, tmp_path / "out").logs == 1
+
+
+def test_the_23_classes_are_in_the_order_of_the_format():
+    order = ["car", "truck", "bus", "other_vehicle", "motorcyclist", "bicyclist", "pedestrian", "sign", "traffic_light", "pole"]
+    assert WAYMO.class_names[1:11] == tuple(order)
+    for number, name in (
+        (waymo_truth.CONE, "construction_cone"), (waymo_truth.BICYCLE, "bicycle"), (waymo_truth.MOTORCYCLE, "motorcycle"),
+        (waymo_truth.BUILDING, "building"), (waymo_truth.VEGETATION, "vegetation"), (waymo_truth.TREE_TRUNK, "tree_trunk"), (waymo_truth.CURB, "curb"),
+        (waymo_truth.ROAD_CLASS, "road"), (waymo_truth.LANE_MARKER, "lane_marker"), (waymo_truth.OTHER_GROUND, "other_ground"),
+        (waymo_truth.WALKABLE, "walkable"), (waymo_truth.SIDEWALK_CLASS, "sidewalk"),
+    ):  # fmt: skip
+        assert WAYMO.class_names[number] == name
+    assert WAYMO.to_train(np.array([0, 1, 22, 23, 255], np.uint8)).tolist() == [0, 1, 22, 0, 0]
 
 
 def test_names_of_segments():
