@@ -304,12 +304,13 @@ def test_segments_may_lie_one_folder_deeper_and_links_in_circles_do_no_harm(tmp_
 def test_the_23_classes_are_in_the_order_of_the_format():
     order = ["car", "truck", "bus", "other_vehicle", "motorcyclist", "bicyclist", "pedestrian", "sign", "traffic_light", "pole"]
     assert WAYMO.class_names[1:11] == tuple(order)
-    for number, name in (
-        (waymo_truth.CONE, "construction_cone"), (waymo_truth.BICYCLE, "bicycle"), (waymo_truth.MOTORCYCLE, "motorcycle"),
-        (waymo_truth.BUILDING, "building"), (waymo_truth.VEGETATION, "vegetation"), (waymo_truth.TREE_TRUNK, "tree_trunk"), (waymo_truth.CURB, "curb"),
-        (waymo_truth.ROAD_CLASS, "road"), (waymo_truth.LANE_MARKER, "lane_marker"), (waymo_truth.OTHER_GROUND, "other_ground"),
-        (waymo_truth.WALKABLE, "walkable"), (waymo_truth.SIDEWALK_CLASS, "sidewalk"),
-    ):  # fmt: skip
+    numbers = {
+        "construction_cone": waymo_truth.CONE, "bicycle": waymo_truth.BICYCLE, "motorcycle": waymo_truth.MOTORCYCLE,
+        "building": waymo_truth.BUILDING, "vegetation": waymo_truth.VEGETATION, "tree_trunk": waymo_truth.TREE_TRUNK,
+        "curb": waymo_truth.CURB, "road": waymo_truth.ROAD_CLASS, "lane_marker": waymo_truth.LANE_MARKER,
+        "other_ground": waymo_truth.OTHER_GROUND, "walkable": waymo_truth.WALKABLE, "sidewalk": waymo_truth.SIDEWALK_CLASS,
+    }  # fmt: skip
+    for name, number in numbers.items():
         assert WAYMO.class_names[number] == name
     assert WAYMO.to_train(np.array([0, 1, 22, 23, 255], np.uint8)).tolist() == [0, 1, 22, 0, 0]
 
