@@ -404,6 +404,19 @@ def score_nuscenes_detection(
     _show(command(results, labels=labels, split=split, bike_racks=bike_racks, as_json=as_json))
 
 
+@score_app.command("waymo-detection")
+def score_waymo_detection(
+    predictions: Annotated[Path, typer.Argument(help="Predictions: an Objects binary.")],
+    labels: Annotated[Path, typer.Argument(help="Labels: an Objects binary with difficulty and points per box.")],
+    iou: Annotated[list[str] | None, typer.Option(help="CLASS=THRESHOLD, for example vehicle=0.7. Repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON by the official names instead of a table.")] = False,
+) -> None:
+    """Score Waymo detections: AP and APH per class, range and level, as the official metric does."""
+    from picture3d.commands.score_waymo import score_waymo_detection as command
+
+    _show(command(predictions, labels, iou=iou or [], as_json=as_json))
+
+
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="Run folder of a fine-tuning.")],

@@ -16,7 +16,7 @@ COMMANDS = [
     ["tensorboard"], ["demo"],
     ["check"], ["data"], ["data", "info"], ["data", "objects"], ["doctor"], ["prepare", "semantickitti"], ["prepare", "waymo"],
     ["weights"], ["weights", "show"], ["weights", "import"], ["weights", "export"],
-    ["predict"], ["score"], ["score", "nuscenes-detection"],
+    ["predict"], ["score"], ["score", "nuscenes-detection"], ["score", "waymo-detection"],
 ]  # fmt: skip
 
 

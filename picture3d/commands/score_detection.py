@@ -10,12 +10,14 @@ import torch
 
 from picture3d.commands.build import build_detection, scoring_batches
 from picture3d.commands.score_nuscenes import table as nuscenes_table
+from picture3d.commands.score_waymo import table as waymo_table
 from picture3d.datasets.loading import FrameBatches
 from picture3d.datasets.nuscenes_samples import sample_token
 from picture3d.datasets.prepared import FrameKey
 from picture3d.errors import ConfigError
-from picture3d.evaluation import nuscenes_frames
+from picture3d.evaluation import nuscenes_frames, waymo_frames
 from picture3d.evaluation.nuscenes_detection import NuScenesScores, score_detections
+from picture3d.evaluation.waymo_detection import WaymoScorer, WaymoScores
 from picture3d.formats import nuscenes_results
 from picture3d.formats.nuscenes_results import DetectionColumns
 from picture3d.recipes.configs import DetectionConfig
@@ -36,15 +38,31 @@ def evaluate_detection(
     """
     task = load_detector(run, config, device)
     batches = scoring_batches(config.data, root=data, split=split, labels=False)
-    if not set(task.classes) <= set(nuscenes_results.CLASSES):
+    folder, title = RunFolder(run), f"{run}, split {split}"
+    if set(task.classes) <= set(nuscenes_results.CLASSES):
+        scores = score_nuscenes(task, batches)
+        tree, text = scores.to_json(), nuscenes_table(title, scores)
+        numbers = {f"map_{split}": scores.mean_ap, f"nds_{split}": scores.nds}
+    elif {name.lower() for name in task.classes} <= set(waymo_frames.KIND_OF_CLASS):
+        found = score_waymo(task, batches)
+        tree, text = found.to_json(), waymo_table(title, found)
+        numbers = dict(zip((f"map_{split}", f"maph_{split}"), found.mean(), strict=True))
+    else:
         raise ConfigError(
             f"{run}: no official metric knows all of {', '.join(task.classes)}. Write the boxes with `picture3d predict`."
         )
-    scores = score_nuscenes(task, batches)
-    folder, tree = RunFolder(run), scores.to_json()
     folder.write_json(f"evaluation_{split}.json", tree)
-    folder.update_summary({f"map_{split}": scores.mean_ap, f"nds_{split}": scores.nds})
-    return json.dumps(tree) if as_json else nuscenes_table(f"{run}, split {split}", scores)
+    folder.update_summary(numbers)
+    return json.dumps(tree) if as_json else text
+
+
+def score_waymo(task: DetectionTask, batches: FrameBatches) -> WaymoScores:
+    """The Waymo metric of a detector on every frame of `batches`."""
+    scorer = WaymoScorer()
+    for key, boxes in detections(task, batches):
+        frame = batches.dataset.frame(key, {"boxes"})
+        scorer.add(waymo_frames.labels_of_frame(frame), waymo_frames.detections_of_frame(frame, boxes, task.classes))
+    return scorer.scores()
 
 
 def score_nuscenes(task: DetectionTask, batches: FrameBatches) -> NuScenesScores:
