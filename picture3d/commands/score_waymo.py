@@ -38,7 +38,7 @@ def score_waymo_detection(predictions: Path, labels: Path, *, iou: list[str], as
 def table(title: str, scores: WaymoScores) -> str:
     """Plain text: AP and APH per breakdown at both levels, and the means over the three classes of the challenge."""
     header = ("breakdown", *(f"L{level} {what}" for level in LEVELS for what in ("AP %", "APH %", "labels")))
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for name in scores.ap:
         shard, _, level = name.rpartition("_LEVEL_")
         if int(level) != LEVELS[0]:
