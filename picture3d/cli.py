@@ -141,6 +141,19 @@ def prepare_semantickitti(
     _show(command(raw, out, sweeps=sweeps, skip_missing=skip_missing))
 
 
+@prepare_app.command("argoverse2")
+def prepare_argoverse2(
+    raw: Annotated[Path, typer.Argument(help="Folder that holds train/, val/, test/ with the logs, or one log.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the prepared frames.")],
+    sweeps: Annotated[int, typer.Option(min=0, help="Earlier sweeps linked to each.")] = 9,
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out files that are not on disk.")] = False,
+) -> None:
+    """Prepare Argoverse 2 sensor logs: both LiDARs, poses, tracked boxes with velocities. Needs the extra `arrow`."""
+    from picture3d.commands.prepare import prepare_argoverse2 as command
+
+    _show(command(raw, out, sweeps=sweeps, skip_missing=skip_missing))
+
+
 @prepare_app.command("waymo")
 def prepare_waymo(
     raw: Annotated[Path, typer.Argument(help="Folder that holds training/, validation/ or testing/ with the tfrecords.")],

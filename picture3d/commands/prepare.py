@@ -1,4 +1,4 @@
-"""`picture3d prepare waymo`, `prepare semantickitti`, `prepare argoverse2` and `prepare once`."""
+"""`picture3d prepare waymo`, `prepare semantickitti` and `prepare argoverse2`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from picture3d.training.runlog import Progress
 def prepare_semantickitti(raw: Path, out: Path, *, sweeps: int, skip_missing: bool) -> str:
     """Prepares SemanticKITTI; returns what to tell the user."""
     from picture3d.datasets.semantickitti import prepare_semantickitti as prepare
+
+    with Progress("prepare", unit="frames") as progress:
+        return prepared_line(prepare(raw, out, sweeps=sweeps, skip_missing=skip_missing, progress=progress))
+
+
+def prepare_argoverse2(raw: Path, out: Path, *, sweeps: int, skip_missing: bool) -> str:
+    """Prepares Argoverse 2 sensor logs; returns what to tell the user."""
+    from picture3d.datasets.argoverse2 import prepare_argoverse2 as prepare
 
     with Progress("prepare", unit="frames") as progress:
         return prepared_line(prepare(raw, out, sweeps=sweeps, skip_missing=skip_missing, progress=progress))

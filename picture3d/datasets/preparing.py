@@ -203,3 +203,19 @@ def checksum(lines: Iterable[object]) -> int:
     for line in lines:
         crc = google_crc32c.extend(crc, json.dumps(line).encode())
     return crc
+
+
+def checksum_file(path: Path) -> int:
+    """CRC-32C of a file, read piece by piece.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    crc = 0
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                crc = google_crc32c.extend(crc, piece)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    return crc

@@ -1,0 +1,334 @@
+"""Argoverse 2 sensor logs -> prepared frames. One log becomes one log. Needs the extra `arrow`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from picture3d.datasets.prepared import LogHeader, PreparedSummary
+from picture3d.datasets.preparing import (
+    LogPlan,
+    Progress,
+    check_clock,
+    checksum,
+    checksum_file,
+    finite_points,
+    previous_sweeps,
+    refuse_missing,
+    write_logs,
+)
+from picture3d.errors import DataError
+from picture3d.formats.columns import PLANES, Codec
+from picture3d.formats.feather import read_feather
+from picture3d.structures.boxes import Boxes
+from picture3d.structures.frame import Frame
+from picture3d.structures.points import IntensityUnit, PointCloud
+from picture3d.structures.poses import Pose
+
+SPLITS = ("train", "val", "test")
+# The 30 categories of the sensor dataset, in the order of letters.
+CATEGORIES = (
+    "ANIMAL", "ARTICULATED_BUS", "BICYCLE", "BICYCLIST", "BOLLARD", "BOX_TRUCK", "BUS", "CONSTRUCTION_BARREL",
+    "CONSTRUCTION_CONE", "DOG", "LARGE_VEHICLE", "MESSAGE_BOARD_TRAILER", "MOBILE_PEDESTRIAN_CROSSING_SIGN", "MOTORCYCLE",
+    "MOTORCYCLIST", "OFFICIAL_SIGNALER", "PEDESTRIAN", "RAILED_VEHICLE", "REGULAR_VEHICLE", "SCHOOL_BUS", "SIGN", "STOP_SIGN",
+    "STROLLER", "TRAFFIC_LIGHT_TRAILER", "TRUCK", "TRUCK_CAB", "VEHICULAR_TRAILER", "WHEELCHAIR", "WHEELED_DEVICE",
+    "WHEELED_RIDER",
+)  # fmt: skip
+UP_LIDAR, DOWN_LIDAR = 1, 2  # the values of `PointCloud.sensor`
+_PREPARER = "argoverse2/1"  # raise when the same raw data would give other prepared frames
+_LASERS_UP = 32  # lasers below this number sit in the upper LiDAR: only there each keeps one elevation angle
+_MAX_GAP_S = 1.5  # a velocity over a longer gap is unknown; twice as much for a central difference
+
+_POSE = dict.fromkeys(("qw", "qx", "qy", "qz", "tx_m", "ty_m", "tz_m"), "f")
+_POSES = {"timestamp_ns": "i", **_POSE}
+_CALIBRATION = {"sensor_name": "s", **_POSE}
+_SWEEP = {"x": "f", "y": "f", "z": "f", "intensity": "f", "laser_number": "i", "offset_ns": "i"}
+_ANNOTATIONS = {
+    "timestamp_ns": "i",
+    "track_uuid": "s",
+    "category": "s",
+    "length_m": "f",
+    "width_m": "f",
+    "height_m": "f",
+    **_POSE,
+    "num_interior_pts": "i",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Annotations:
+    """The boxes of a log by sweep, and the velocity of each."""
+
+    rows: dict[str, NDArray[Any]]  # sorted by time
+    velocity: NDArray[np.float64]  # (B, 2) metres per second along x and y of the ego frame at the time of the box
+
+    def boxes(self, timestamp_ns: int) -> Boxes | None:
+        """The boxes of the sweep of that time in its ego frame, or None where it was not annotated."""
+        times = self.rows["timestamp_ns"]
+        of = slice(int(np.searchsorted(times, timestamp_ns, "left")), int(np.searchsorted(times, timestamp_ns, "right")))
+        if of.start == of.stop:
+            return None
+        part = {name: column[of] for name, column in self.rows.items()}
+        return Boxes(
+            center=np.stack([part["tx_m"], part["ty_m"], part["tz_m"]], axis=1),
+            size=np.stack([part["length_m"], part["width_m"], part["height_m"]], axis=1),
+            yaw=_yaw(part),
+            velocity=self.velocity[of],
+            category=tuple(part["category"].tolist()),
+            track_id=tuple(part["track_uuid"].tolist()),
+            num_points=part["num_interior_pts"].astype(np.int32),
+        )
+
+
+def prepare_argoverse2(
+    raw: Path,
+    out: Path,
+    *,
+    sweeps: int = 9,
+    skip_missing: bool = False,
+    name: str = "argoverse2",
+    xyz_codec: Codec = PLANES,
+    progress: Progress | None = None,
+) -> PreparedSummary:
+    """Prepares the sensor logs on disk; a rerun makes only what is missing.
+
+    All sweeps of a log are keyframes. Points and boxes are in the ego frame of the sweep's time, as the dataset stores them
+    (both LiDARs merged, ego motion within the sweep removed), so ``ego_from_lidar`` is the identity; `ring` is the laser number
+    0..63, `sensor` 1 for the upper and 2 for the lower LiDAR, `time_s` the offset from the sweep's timestamp. Timestamps keep
+    microseconds, tokens the nanoseconds of the file name. Velocities are central differences of a track's boxes in the city.
+
+    Args:
+        raw: folder of ``train/``, ``val/``, ``test/``, each with one folder per log; or one folder of logs, which then all form
+            the training split unless its own name is that of a split; or a single log.
+        out: folder for the prepared frames.
+        sweeps: how many earlier sweeps each frame is linked to.
+        skip_missing: leave out sweeps that are annotated but not on disk, and say how many.
+        name: name of the dataset.
+        xyz_codec: how coordinates are stored; the default is lossless.
+        progress: called with (frames done, frames in all).
+
+    Raises:
+        ConfigError: if pyarrow is not installed.
+        DataError: if there is nothing to read, or files are missing, damaged or contradict each other.
+    """
+    settings = {"preparer": _PREPARER, "sweeps": sweeps, "xyz_codec": str(xyz_codec)}
+    plans: list[LogPlan] = []
+    missing: list[Path] = []
+    splits: dict[str, list[str]] = {}
+    for split, folders in _logs(raw).items():
+        for folder in folders:
+            plan, absent = _plan(folder, name, settings)
+            plans.append(plan)
+            missing += absent
+            splits.setdefault(split, []).append(folder.name)
+    refuse_missing(raw, missing, skip_missing=skip_missing)
+    return write_logs(
+        out,
+        plans,
+        name=name,
+        label_set_name=None,
+        splits=splits,
+        missing_files=len(missing),
+        xyz_codec=xyz_codec,
+        progress=progress,
+    )
+
+
+def read_sweep(path: Path) -> PointCloud:
+    """One sweep in the ego frame, intensity 0..255; non-finite points are still there.
+
+    Raises:
+        DataError: if the file is damaged, or a laser number or an intensity is out of range.
+    """
+    table = read_feather(path, _SWEEP)
+    laser = table["laser_number"]
+    if len(laser) and not (laser.min() >= 0 and laser.max() < 2 * _LASERS_UP):
+        raise DataError(f"{path}: laser numbers {laser.min()} to {laser.max()}, expected 0 to {2 * _LASERS_UP - 1}.")
+    with np.errstate(over="ignore"):
+        xyz = np.stack([table[axis] for axis in "xyz"], axis=1).astype(np.float32)
+    return PointCloud(
+        xyz=xyz,
+        intensity=table["intensity"].astype(np.float32),
+        intensity_unit=IntensityUnit.RAW_255,
+        ring=laser.astype(np.int16),
+        time_s=(table["offset_ns"] * 1e-9).astype(np.float32),
+        sensor=np.where(laser < _LASERS_UP, UP_LIDAR, DOWN_LIDAR).astype(np.uint8),
+    )
+
+
+def read_city_poses(path: Path) -> dict[int, Pose]:
+    """``city_from_ego`` by timestamp in nanoseconds.
+
+    Raises:
+        DataError: if the table is damaged, a time occurs twice, or a pose is none.
+    """
+    rows = read_feather(path, _POSES)
+    times = rows["timestamp_ns"]
+    unique, counts = np.unique(times, return_counts=True)
+    if len(unique) != len(times):
+        raise DataError(f"{path}: the time {unique[counts > 1][0]} ns occurs twice.")
+    return dict(zip(times.tolist(), _poses(rows, path), strict=True))
+
+
+def read_calibration(path: Path) -> dict[str, Pose]:
+    """``ego_from_sensor`` by name; the LiDARs are ``up_lidar`` and ``down_lidar``.
+
+    Raises:
+        DataError: if the table is damaged, or a pose is none.
+    """
+    rows = read_feather(path, _CALIBRATION)
+    return dict(zip(rows["sensor_name"].tolist(), _poses(rows, path), strict=True))
+
+
+def read_annotations(path: Path, city_from_ego: dict[int, Pose]) -> Annotations:
+    """All boxes of a log, checked, with velocities.
+
+    A velocity is the difference of the positions in the city at the track's annotations before and after (one-sided at the
+    ends of a track), NaN for a track of one box and where the two are more than 1.5 s apart (3 s if central).
+
+    Raises:
+        DataError: if the table is damaged, a box is impossible, or there is no pose at the time of a box.
+    """
+    rows = read_feather(path, _ANNOTATIONS)
+    rows = {name: column[np.argsort(rows["timestamp_ns"], kind="stable")] for name, column in rows.items()}
+    unknown = sorted(set(rows["category"].tolist()) - set(CATEGORIES))
+    if unknown:
+        raise DataError(f"{path}: category {', '.join(unknown[:5])} is none of the 30 of Argoverse 2.")
+    numbers = np.stack([rows[key] for key in (*_POSE, "length_m", "width_m", "height_m")], axis=1)
+    sizes, upright = numbers[:, 7:], np.abs(numbers[:, 1:3]).max(axis=1, initial=0) < 1e-3
+    wrong = np.flatnonzero(~np.isfinite(numbers).all(axis=1) | (sizes <= 0).any(axis=1) | ~upright)
+    if len(wrong):
+        row = int(wrong[0])
+        track, time = rows["track_uuid"][row], rows["timestamp_ns"][row]
+        raise DataError(f"{path}: the box of track {track} at {time} ns is not an upright box of positive size.")
+    times, of = np.unique(rows["timestamp_ns"], return_inverse=True)
+    absent = [time for time in times.tolist() if time not in city_from_ego]
+    if absent:
+        raise DataError(f"{path}: no ego pose at {absent[0]} ns, where boxes are annotated ({len(absent)} such times).")
+    if not len(times):
+        return Annotations(rows, np.zeros((0, 2)))
+    rotation = np.stack([city_from_ego[time].rotation for time in times.tolist()])[of]
+    translation = np.stack([city_from_ego[time].translation for time in times.tolist()])[of]
+    in_city = np.einsum("bij,bj->bi", rotation, numbers[:, 4:7]) + translation
+    velocity = np.einsum("bji,bj->bi", rotation, _velocities(rows, in_city, path))
+    return Annotations(rows, np.ascontiguousarray(velocity[:, :2]))
+
+
+def _velocities(rows: dict[str, NDArray[Any]], position: NDArray[np.float64], path: Path) -> NDArray[np.float64]:
+    """(B, 3) metres per second in the axes of the city."""
+    _, track = np.unique(rows["track_uuid"].astype(str), return_inverse=True)
+    order = np.lexsort((rows["timestamp_ns"], track))
+    track, time, position = track[order], rows["timestamp_ns"][order], position[order]
+    index = np.arange(len(track))
+    same = track[1:] == track[:-1]
+    twice = np.flatnonzero(same & (time[1:] == time[:-1]))
+    if len(twice):
+        row = order[twice[0]]
+        raise DataError(f"{path}: track {rows['track_uuid'][row]} has two boxes at {rows['timestamp_ns'][row]} ns.")
+    first = index - np.concatenate([[False], same])
+    last = index + np.concatenate([same, [False]])
+    seconds = (time[last] - time[first]) * 1e-9
+    central = (first != index) & (last != index)
+    known = (seconds > 0) & (seconds <= _MAX_GAP_S * np.where(central, 2, 1))
+    out = np.full(position.shape, np.nan)
+    out[order[known]] = (position[last] - position[first])[known] / seconds[known, None]
+    return out
+
+
+def _logs(raw: Path) -> dict[str, list[Path]]:
+    """Split -> folders of its logs."""
+    if _is_log(raw):
+        return {_split_of(raw.resolve().parent.name): [raw]}
+    for root in (raw, raw / "sensor"):
+        named = {split: _log_folders(root / split) for split in SPLITS if (root / split).is_dir()}
+        if any(named.values()):
+            return named
+    found = _log_folders(raw) if raw.is_dir() else []
+    if not found:
+        raise DataError(f"{raw}: no log, that is no folder with sensors/lidar/*.feather, here or in train/, val/, test/.")
+    return {_split_of(raw.resolve().name): found}
+
+
+def _split_of(name: str) -> str:
+    return name if name in SPLITS else "train"
+
+
+def _log_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if _is_log(path))
+
+
+def _is_log(folder: Path) -> bool:
+    return (folder / "sensors" / "lidar").is_dir()
+
+
+def _plan(folder: Path, dataset: str, settings: dict[str, Any]) -> tuple[LogPlan, list[Path]]:
+    """What a log will hold, and the sweeps that are annotated and not on disk."""
+    lidar = folder / "sensors" / "lidar"
+    files: dict[int, Path] = {}
+    for path in lidar.glob("*.feather"):
+        if not path.stem.isdigit():
+            raise DataError(f"{path}: sweeps are called by their time in nanoseconds.")
+        files[int(path.stem)] = path
+    times = sorted(files)
+    if not times:
+        raise DataError(f"{lidar}: holds no sweep.")
+    if times[-1] >= 1 << 63:
+        raise DataError(f"{files[times[-1]]}: {times[-1]} is no time in nanoseconds.")
+    check_clock([time // 1000 for time in times], lidar)
+    tables = [folder / "city_SE3_egovehicle.feather", folder / "annotations.feather"]
+    poses = read_city_poses(tables[0])
+    without = [files[time] for time in times if time not in poses]
+    if without:
+        raise DataError(f"{tables[0]}: no pose at the time of {without[0].name} ({len(without)} such sweeps).")
+    missing: list[Path] = []
+    annotated = tables[1].exists()  # the test split has none
+    if annotated:
+        at = np.unique(read_feather(tables[1], {"timestamp_ns": "i"})["timestamp_ns"]).tolist()
+        missing = [lidar / f"{time}.feather" for time in at if time not in files]
+    sizes = [[path.name, path.stat().st_size] for path in [files[time] for time in times]]
+    # Tables are read in full for the checksum: an edited box seldom changes the size of its file.
+    contents = [checksum_file(path) for path in tables if path.exists()]
+    header = LogHeader(folder.resolve().name, dataset, None, {**settings, "raw_crc32c": checksum([*sizes, contents])})
+    frames = [files[time] for time in times]
+    return LogPlan(header, len(times), lambda: _frames(header.log, folder, frames, settings["sweeps"])), missing
+
+
+def _frames(log: str, folder: Path, files: Sequence[Path], sweeps: int) -> Iterator[tuple[Frame, int]]:
+    poses = read_city_poses(folder / "city_SE3_egovehicle.feather")
+    table = folder / "annotations.feather"
+    annotations = read_annotations(table, poses) if table.exists() else None
+    for index, path in enumerate(files):
+        points = read_sweep(path)
+        finite, lost = finite_points(points)
+        time = int(path.stem)
+        frame = Frame(
+            log=log,
+            index=index,
+            token=path.stem,
+            timestamp_us=time // 1000,
+            points=points.select(finite) if lost else points,
+            global_from_ego=poses[time],
+            ego_from_lidar=Pose.identity(),
+            boxes=None if annotations is None else annotations.boxes(time),
+            previous=previous_sweeps(index, sweeps),
+        )
+        yield frame, lost
+
+
+def _yaw(rows: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """Heading of upright quaternions, radians counter-clockwise from x."""
+    w, x, y, z = (rows[key] for key in ("qw", "qx", "qy", "qz"))
+    return np.arctan2(2 * (w * z + x * y), w * w + x * x - y * y - z * z)
+
+
+def _poses(rows: dict[str, NDArray[Any]], path: Path) -> list[Pose]:
+    numbers = np.stack([rows[key] for key in _POSE], axis=1)
+    wrong = np.flatnonzero(~np.isfinite(numbers).all(axis=1) | (np.abs(np.linalg.norm(numbers[:, :4], axis=1) - 1) > 1e-2))
+    if len(wrong):
+        raise DataError(f"{path}: row {wrong[0]} is not a unit quaternion and a translation.")
+    return [Pose.from_quaternion(row[:4], row[4:]) for row in numbers]
