@@ -21,7 +21,7 @@ from picture3d.ops.kernel_map import build_kernel_map
 from picture3d.ops.sparse_conv import sparse_conv
 from picture3d.training.threads import set_threads
 
-REQUIRED = ("torch", "numpy", "pydantic", "typer", "rich", "safetensors", "google-crc32c", "pillow")
+REQUIRED = ("torch", "numpy", "pydantic", "typer", "rich", "safetensors", "google-crc32c", "pillow", "scipy")
 # package -> what it is for, how to get it
 OPTIONAL = {
     "tensorboard": ("replaying metrics into TensorBoard", "pip install 'picture3d[track]'"),
