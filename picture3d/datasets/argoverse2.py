@@ -41,7 +41,7 @@ CATEGORIES = (
 )  # fmt: skip
 UP_LIDAR, DOWN_LIDAR = 1, 2  # the values of `PointCloud.sensor`
 _PREPARER = "argoverse2/1"  # raise when the same raw data would give other prepared frames
-_LASERS_UP = 32  # lasers below this number sit in the upper LiDAR: only there each keeps one elevation angle
+_LASERS_UP = 32  # lasers below this number sit in the upper LiDAR: seen from there each keeps one elevation angle
 _MAX_GAP_S = 1.5  # a velocity over a longer gap is unknown; twice as much for a central difference
 
 _POSE = dict.fromkeys(("qw", "qx", "qy", "qz", "tx_m", "ty_m", "tz_m"), "f")
