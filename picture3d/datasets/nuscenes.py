@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,8 @@ from numpy.typing import NDArray
 
 from picture3d.datasets.label_sets import NUSCENES_32
 from picture3d.datasets.nuscenes_splits import official_split
-from picture3d.datasets.prepared import (
-    LogHeader,
-    LogSummary,
-    LogWriter,
-    PreparedSummary,
-    finished_log,
-    log_path,
-    open_for_writing,
-    summarise,
-    write_dataset,
-)
+from picture3d.datasets.prepared import LogHeader, PreparedSummary
+from picture3d.datasets.preparing import LogPlan, Progress, write_logs
 from picture3d.errors import DataError
 from picture3d.files import read_json_object
 from picture3d.formats.columns import PLANES, Codec
@@ -67,7 +59,7 @@ def prepare_nuscenes(
     skip_missing: bool = False,
     name: str | None = None,
     xyz_codec: Codec = PLANES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PreparedSummary:
     """Prepares a raw nuScenes dataset; a rerun makes only what is missing.
 
@@ -99,31 +91,20 @@ def prepare_nuscenes(
             "Download the archives that hold them, or pass --skip-missing to leave these out."
         )
     splits = _splits(raw, version, [plan.header.log for plan in plans])
-    total = sum(len(plan.sweeps) for plan in plans)
-    if total == 0:
+    if not plans:
         raise DataError(f"{raw}: no LIDAR_TOP sweep of {version} is on disk. Download samples/LIDAR_TOP first.")
 
-    open_for_writing(out)
-    done = dropped = made = 0
-    logs: dict[str, LogSummary] = {}
-    for plan in plans:
-        summary = finished_log(out, plan.header)
-        if summary is None:
-            with LogWriter(log_path(out, plan.header.log), plan.header, xyz_codec=xyz_codec) as log:
-                for index, frame in enumerate(_frames(raw, tables, plan)):
-                    kept, lost = frame
-                    log.add(kept)
-                    dropped += lost
-                    if progress is not None:
-                        progress(done + index + 1, total)
-            summary = log.finished
-            made += 1
-        logs[plan.header.log] = summary
-        done += len(plan.sweeps)
-        if progress is not None:
-            progress(done, total)
-    write_dataset(out, name=name, label_set_name=NUSCENES_32.name, splits=splits, logs=logs)
-    return summarise(out, logs, logs_made=made, missing_files=len(missing), dropped_points=dropped)
+    logs = [LogPlan(plan.header, len(plan.sweeps), partial(_frames, raw, tables, plan)) for plan in plans]
+    return write_logs(
+        out,
+        logs,
+        name=name,
+        label_set_name=NUSCENES_32.name,
+        splits=splits,
+        missing_files=len(missing),
+        xyz_codec=xyz_codec,
+        progress=progress,
+    )
 
 
 def velocity_global(annotation: RawAnnotation, tables: RawTables) -> NDArray[np.float64]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import google_crc32c
@@ -13,17 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.datasets.label_sets import label_set as find_label_set
-from picture3d.datasets.prepared import (
-    LogHeader,
-    LogSummary,
-    LogWriter,
-    PreparedSummary,
-    finished_log,
-    log_path,
-    open_for_writing,
-    summarise,
-    write_dataset,
-)
+from picture3d.datasets.prepared import LogHeader, PreparedSummary
+from picture3d.datasets.preparing import LogPlan, Progress, write_logs
 from picture3d.errors import DataError
 from picture3d.files import read_bounded
 from picture3d.formats.columns import PLANES, Codec
@@ -78,7 +70,7 @@ def prepare_points(
     val: int | Sequence[str] = 0,
     name: str = "points",
     xyz_codec: Codec = PLANES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PreparedSummary:
     """Prepares sweeps in the order of their names (numbers in names count as numbers); a rerun makes only what is missing.
 
@@ -118,29 +110,12 @@ def prepare_points(
     plans, splits = _split(_find_logs(folder, label_dir, poses), val, folder)
     if label_dir is not None and not any(sweep.label for sweeps in plans.values() for sweep in sweeps):
         raise DataError(f"{label_dir}: no label file has the name of a sweep. Expected for example {_expected_label(plans)}.")
-    logs: dict[str, LogSummary] = {}
-    total = sum(len(sweeps) for sweeps in plans.values())
-    done = dropped = made = 0
-    open_for_writing(out)
+    logs: list[LogPlan] = []
     for log, files in plans.items():
         header = LogHeader(log, name, meaning, {**source, "files_crc32c": _fingerprint(files)})
-        summary = finished_log(out, header)
-        if summary is None:
-            with LogWriter(log_path(out, log), header, xyz_codec=xyz_codec) as writer:
-                for index, file in enumerate(files):
-                    frame, lost = _frame(log, index, file, columns, unit, rate_hz, sweeps)
-                    writer.add(frame)
-                    dropped += lost
-                    if progress is not None:
-                        progress(done + index + 1, total)
-            summary = writer.finished
-            made += 1
-        logs[log] = summary
-        done += len(files)
-        if progress is not None:
-            progress(done, total)
-    write_dataset(out, name=name, label_set_name=meaning, splits=splits, logs=logs)
-    return summarise(out, logs, logs_made=made, dropped_points=dropped)
+        frames = partial(_frames, log, files, columns, unit, rate_hz, sweeps)
+        logs.append(LogPlan(header, len(files), frames))
+    return write_logs(out, logs, name=name, label_set_name=meaning, splits=splits, xyz_codec=xyz_codec, progress=progress)
 
 
 def read_points(path: Path, layout: tuple[str, ...], unit: IntensityUnit) -> PointCloud:
@@ -238,6 +213,13 @@ def read_poses(path: Path) -> list[Pose]:
         u, _, vt = np.linalg.svd(rotation)
         found.append(Pose(u @ vt, matrix[:, 3]))
     return found
+
+
+def _frames(
+    log: str, files: Sequence[_SweepFile], layout: tuple[str, ...], unit: IntensityUnit, rate_hz: float, sweeps: int
+) -> Iterator[tuple[Frame, int]]:
+    for index, file in enumerate(files):
+        yield _frame(log, index, file, layout, unit, rate_hz, sweeps)
 
 
 def _frame(
