@@ -50,12 +50,6 @@ class _SweepFile:
     pose: Pose | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    header: LogHeader
-    sweeps: tuple[_SweepFile, ...]
-
-
 def prepare_points(
     folder: Path,
     out: Path,
