@@ -26,8 +26,8 @@ IGNORED = 255  # what the public loader turns `NOISE` into
 CLASSES = 17  # 0 noise, then the 16 of lidarseg
 
 _VOXELS = GRID_SHAPE[0] * GRID_SHAPE[1] * GRID_SHAPE[2]
-# A tenth of all voxels occupied, seven float64 columns, and the header; a scene fills a hundredth at most.
-_MAX_BYTES = _VOXELS // 10 * 7 * 8 + (1 << 16)
+# A quarter of all voxels occupied, seven float64 columns, and the header.
+_MAX_BYTES = _VOXELS // 4 * 7 * 8 + (1 << 16)
 # All that numpy's reader of headers, a small parser of Python, is known to raise for damaged bytes.
 _UNREADABLE = (
     ValueError,
