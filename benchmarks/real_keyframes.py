@@ -34,12 +34,14 @@ def lay_out(source: Path, work: Path) -> None:
         np.load(source / f"pc/pc{i}.npy").astype(np.float32).tofile(sweeps / f"{i:06d}.bin")
         labels_i = np.load(source / f"pc_seman/pc_seman_{i}.npy")[:, 3]
         np.save(labels / f"{i:06d}.npy", labels_i.astype(np.uint8))
-        ego, lidar = (_pose(source / name) for name in (f"pose/lidar_ego_pose{i}.npy", f"calib/lidar_calibrated_sensor{i}.npy"))
+        names = f"pose/lidar_ego_pose{i}.npy", f"calib/lidar_calibrated_sensor{i}.npy"
+        ego, lidar = (pose_of(source / name) for name in names)
         lines.append(" ".join(f"{v:.12g}" for v in (ego @ lidar).matrix[:3].ravel()))
     (work / "poses.txt").write_text("\n".join(lines) + "\n")
 
 
-def _pose(path: Path) -> Pose:
+def pose_of(path: Path) -> Pose:
+    """A pose file of the demo."""
     from tests.sample_data import load_numpy_pickle
 
     tree = load_numpy_pickle(path)

@@ -67,7 +67,7 @@ def main() -> None:
         f"{args.frames} frames of {args.labels} labels and {args.predictions} predictions: {seconds:.1f} s "
         f"({1e3 * seconds / args.frames:.2f} ms a frame), mAP {100 * ap:.1f}, mAPH {100 * aph:.1f}; resident memory "
         f"{resident_mb():.0f} MB, {resident_mb() - half:+.1f} MB over the second half, peak "
-        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB"
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6:.0f} MB"
     )
 
 

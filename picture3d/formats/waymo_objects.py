@@ -5,6 +5,7 @@ Source: the field numbers of waymo-open-dataset's metrics.proto (Objects, Object
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -150,7 +151,7 @@ def _parse_object(reader: wire.Reader, field: wire.Field) -> _Row:
             case 3:
                 row.overlaps = bool(reader.unsigned(part))
             case 4:
-                row.context = reader.text(part)
+                row.context = sys.intern(reader.text(part))  # one text for all boxes of a segment
             case 5:
                 row.timestamp = reader.signed(part)
             case 6:

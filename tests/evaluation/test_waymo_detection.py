@@ -149,7 +149,7 @@ def test_frames_may_come_in_parts_of_any_size():
         assert parted[name] == pytest.approx(whole[name], abs=1e-12)
 
 
-def test_official_numbers_of_the_fixtures():
+def test_golden_official_numbers_of_the_fixtures():
     folder = sample_path("waymo/metrics")
     labels, found = (read_objects(folder / f"fake_{name}.bin") for name in ("ground_truths", "predictions"))
     expected = json.loads((folder / "expected_detection.json").read_text())["official_tf_op"]
