@@ -350,12 +350,12 @@ def _keys(objects: WaymoObjects) -> list[tuple[str, int]]:
 
 def _parts(labels: WaymoObjects, predictions: WaymoObjects) -> Iterator[tuple[Int64Array, Int64Array]]:
     """Rows of both sides, segment by segment."""
-    names, where = np.unique(np.array([*labels.context, *predictions.context], dtype=object).astype(str), return_inverse=True)
-    split = len(labels)
+    number = {name: i for i, name in enumerate(dict.fromkeys((*labels.context, *predictions.context)))}
     sides = []
-    for side in (where[:split], where[split:]):
-        order = np.argsort(side, kind="stable")
-        sides.append(np.split(order, np.searchsorted(side[order], np.arange(1, len(names)))))
+    for objects in (labels, predictions):
+        segment = np.fromiter((number[name] for name in objects.context), np.int32, len(objects))
+        order = np.argsort(segment, kind="stable")
+        sides.append(np.split(order, np.searchsorted(segment[order], np.arange(1, len(number)))) if number else [])
     yield from zip(*sides, strict=True)
 
 
