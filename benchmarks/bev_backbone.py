@@ -16,26 +16,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from picture3d.models.bev_backbone import BevBackbone, nuscenes_bev
 
 
 def macs_of(network: nn.Module, x: Tensor) -> int:
     """Multiply-adds of all convolutions of one forward pass."""
-    total = 0
-
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
-        kernel = layer.kernel_size[0] * layer.kernel_size[1]
-        side = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
-        total += side.shape[0] * side.shape[2] * side.shape[3] * kernel * layer.in_channels * layer.out_channels
-
-    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-    network(x)
-    for hook in hooks:
-        hook.remove()
-    return total
+    with FlopCounterMode(display=False) as counter:
+        network(x)
+    return counter.get_total_flops() // 2
 
 
 def median_s(run: Callable[[], object], repeats: int) -> float:

@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from picture3d.config import FrozenConfig
 from picture3d.structures.voxels import SparseVoxels
@@ -140,9 +141,47 @@ class ResidualBlock2d(nn.Module):
 
     def forward(self, bev: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, channels, H / stride, W / stride)."""
-        shortcut = bev if self.downsample_layer is None else self.downsample_layer(bev)
-        hidden = torch.relu(self.bn1(self.conv1(bev)))
-        return torch.relu(self.bn2(self.conv2(hidden)) + shortcut)
+        hidden = conv_norm(self.conv2, self.bn2, conv_norm(self.conv1, self.bn1, bev).relu_())
+        if self.downsample_layer is None:
+            return (hidden + bev).relu_()
+        conv, norm = self.downsample_layer
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        return (hidden + conv_norm(conv, norm, bev)).relu_()
+
+
+class _ToCommon(nn.Sequential):
+    """From a level to the common resolution: convolution or its transpose with kernel = stride, norm, ReLU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, channels, H', W')."""
+        resample, norm, _ = self
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(resample, nn.Conv2d | nn.ConvTranspose2d)
+        return conv_norm(resample, norm, input).relu_()
+
+
+def conv_norm(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """``norm(conv(x))``; with running statistics the norm is part of the convolution's weights: one pass over the map less.
+
+    `conv` has no bias; a transposed one has its kernel as stride: each input cell becomes a block of cells by one matrix, which
+    is computed as a 1 x 1 convolution whose channels are laid out in space.
+    """
+    dim = 1 if isinstance(conv, nn.ConvTranspose2d) else 0  # where a weight keeps its output channels
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        return norm(_convolve(conv, conv.weight, None, x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = conv.weight * scale.view([-1 if axis == dim else 1 for axis in range(4)])
+    return _convolve(conv, weight, norm.bias - norm.running_mean * scale, x)
+
+
+def _convolve(conv: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    if isinstance(conv, nn.Conv2d):
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+    factor = conv.stride[0]
+    matrix = weight.permute(1, 2, 3, 0).reshape(-1, weight.shape[0], 1, 1)
+    spread = None if bias is None else bias.repeat_interleave(factor * factor)
+    return F.pixel_shuffle(F.conv2d(x, matrix, spread), factor)
 
 
 def _to_common(in_channels: int, channels: int, stride: float) -> nn.Sequential:
@@ -152,7 +191,7 @@ def _to_common(in_channels: int, channels: int, stride: float) -> nn.Sequential:
     else:
         factor = round(1 / stride)
         resample = nn.Conv2d(in_channels, channels, factor, factor, bias=False)
-    return nn.Sequential(resample, _norm(channels), nn.ReLU())
+    return _ToCommon(resample, _norm(channels), nn.ReLU())
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
