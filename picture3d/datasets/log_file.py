@@ -276,6 +276,10 @@ class LogReader:
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{place}, record at byte {entry.offset}: {type(error).__name__}: {error}. {_MEND}") from None
 
+    def labelled(self, index: int) -> bool:
+        """Whether a frame has a label for each of its points, from the index alone."""
+        return self._entries[index].labelled
+
     def num_points(self, index: int) -> int:
         """Points of a frame, from the index alone."""
         return self._entries[index].points

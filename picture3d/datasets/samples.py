@@ -53,6 +53,9 @@ class DataConfig(FrozenConfig):
     augment: AugmentConfig | None = Field(default=None, description="null: points as they are.")
     shuffle_points: bool = Field(default=False, description="Shuffle the points of a sample.")
     labels: bool = Field(default=True, description="Read the labels where there are some.")
+    labelled_only: bool = Field(
+        default=False, description="Leave out keyframes without a label per point (four of five of Waymo's)."
+    )
     box_classes: tuple[str, ...] = Field(
         default=(), description="Read the boxes of these classes (see datasets/detection_classes.py); empty: no boxes."
     )
@@ -140,6 +143,8 @@ def select_keyframes(dataset: PreparedDataset, config: DataConfig) -> list[Frame
         DataError: if the split does not exist or holds no keyframe.
     """
     keys = dataset.keyframes(config.split)
+    if config.labelled_only:
+        keys = [key for key in keys if dataset.reader(key.log).labelled(key.index)]
     if config.label_share < 1.0:
         logs = sorted({key.log for key in keys})
         logs = [log for log in logs if dataset.summary(log).labelled] or logs
@@ -153,7 +158,8 @@ def select_keyframes(dataset: PreparedDataset, config: DataConfig) -> list[Frame
     if config.max_frames is not None and len(keys) > config.max_frames:
         keys = [keys[i] for i in np.linspace(0, len(keys) - 1, config.max_frames).round().astype(int)]
     if not keys:
-        raise DataError(f"{dataset.root}: split '{config.split}' holds no keyframe. Its splits: {', '.join(dataset.splits)}.")
+        what = "labelled keyframe" if config.labelled_only else "keyframe"
+        raise DataError(f"{dataset.root}: split '{config.split}' holds no {what}. Its splits: {', '.join(dataset.splits)}.")
     return keys
 
 

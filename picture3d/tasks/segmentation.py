@@ -236,7 +236,8 @@ def labels_of(batch: PointBatch, num_classes: int) -> Tensor:
     if batch.labels is None:
         raise DataError(
             f"{frames}: no labels. Segmentation needs labelled keyframes: prepare the data with its labels (for nuScenes the "
-            f"lidarseg download), and leave data.labels=true."
+            f"lidarseg download), and leave data.labels=true. Where only some keyframes have labels, set "
+            f"data.labelled_only=true."
         )
     if batch.labels.numel():
         low, high = (int(value) for value in batch.labels.aminmax())

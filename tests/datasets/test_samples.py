@@ -316,3 +316,13 @@ def test_a_split_without_keyframes_is_refused(tmp_path):
 def test_settings_that_make_no_sense_are_refused(tmp_path, settings):
     with pytest.raises(ConfigError):
         config(tmp_path, **settings)
+
+
+def test_keyframes_without_labels_can_be_left_out(tmp_path):
+    frames = [made_frame("log-a", i, **({} if i % 3 == 1 else {"labels": None})) for i in range(6)]
+    write_made_dataset(tmp_path, {"log-a": frames, "log-b": [made_frame("log-b", 0, labels=None)]})
+    assert keys(tmp_path, labelled_only=True, split=None) == ["log-a/1", "log-a/4"]
+    assert len(keys(tmp_path, split=None)) == 7
+    write_made_dataset(tmp_path / "none", {"log-b": [made_frame("log-b", 0, labels=None)]})
+    with pytest.raises(DataError, match="holds no labelled keyframe"):
+        keys(tmp_path / "none", labelled_only=True, split=None)
