@@ -319,7 +319,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, settings):
 
 
 def test_keyframes_without_labels_can_be_left_out(tmp_path):
-    frames = [made_frame("log-a", i, **({} if i % 3 == 1 else {"labels": None})) for i in range(6)]
+    frames = [made_frame("log-a", i) if i % 3 == 1 else made_frame("log-a", i, labels=None) for i in range(6)]
     write_made_dataset(tmp_path, {"log-a": frames, "log-b": [made_frame("log-b", 0, labels=None)]})
     assert keys(tmp_path, labelled_only=True, split=None) == ["log-a/1", "log-a/4"]
     assert len(keys(tmp_path, split=None)) == 7
