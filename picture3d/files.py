@@ -1,11 +1,14 @@
-"""Files that exist whole or not at all (written beside their place, synced, renamed) and bounded reading of small ones."""
+"""Files that exist whole or not at all (written aside, synced, renamed), bounded reading, folders with one writer."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -124,6 +127,90 @@ def read_bounded(path: Path, *, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise DataError(f"{path}: more than the {max_bytes} bytes such a file may have. It was not used.")
     return data
+
+
+LOCK_NAME = ".writer.lock"
+_MAX_LOCK_BYTES = 4096
+_held: dict[Path, int] = {}  # folders that this process writes to, and how often it said so
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """While the block runs, no other process that asks may write to `folder`; the same process may ask again.
+
+    The lock is the operating system's, on a file in the folder that names the holder: it ends with the process, however that
+    ends, and the next one takes the file over. The file, and a folder that stayed empty, are removed when the block ends.
+    Where files cannot be locked (no ``fcntl``, some network disks) nothing is held.
+
+    Raises:
+        DataError: naming the process that holds the folder; or if the folder cannot be written.
+    """
+    place = Path(folder).resolve()
+    if place in _held:
+        _held[place] += 1
+        try:
+            yield
+        finally:
+            _held[place] -= 1
+        return
+    made = not place.exists()
+    handle = _lock(place)
+    _held[place] = 1
+    try:
+        yield
+    finally:
+        del _held[place]
+        if handle is not None:
+            _remove(place / LOCK_NAME)  # while it is still held, so that nobody's own file is removed
+            os.close(handle)
+        if made:
+            with suppress(OSError):  # a folder that nothing was written to was made for the lock alone
+                place.rmdir()
+
+
+def _lock(folder: Path) -> int | None:
+    """The open file that holds the lock, or None where locks do not exist."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    path = folder / LOCK_NAME
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise DataError(
+                f"{folder}: another process writes here: {_holder(path)}. Wait for it, or choose another folder."
+            ) from None
+        except OSError:
+            os.close(handle)
+            return None
+        # The one that held it may have removed the file between opening and locking; then the name is somebody else's.
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                holder = {"host": socket.gethostname(), "pid": os.getpid(), "command": sys.argv[:8], "since": _now()}
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, json.dumps(holder).encode()[:_MAX_LOCK_BYTES], 0)
+                return handle
+        os.close(handle)
+
+
+def _holder(path: Path) -> str:
+    try:
+        tree = json.loads(path.read_bytes()[:_MAX_LOCK_BYTES])
+        return f"process {tree['pid']} on {tree['host']}, since {tree['since']} ({' '.join(map(str, tree['command']))})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"see {path}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _unwritable(path: Path, error: OSError) -> DataError:

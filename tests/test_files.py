@@ -1,9 +1,24 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from picture3d.errors import DataError
-from picture3d.files import append_line, read_bounded, read_json_object, replacing, whole_file, write_json, write_text
+from picture3d.files import (
+    LOCK_NAME,
+    append_line,
+    read_bounded,
+    read_json_object,
+    replacing,
+    sole_writer,
+    whole_file,
+    write_json,
+    write_text,
+)
 
 
 def test_a_file_appears_only_when_the_block_ends(tmp_path):
@@ -85,3 +100,66 @@ def test_more_bytes_than_allowed_are_not_read(tmp_path):
         read_bounded(tmp_path / "a", max_bytes=100)
     with pytest.raises(DataError, match="no such file"):
         read_bounded(tmp_path / "b", max_bytes=100)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from picture3d.files import sole_writer
+with sole_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_process_is_refused_and_told_who_writes(tmp_path):
+    process = holder(tmp_path / "out")
+    try:
+        with (
+            pytest.raises(DataError, match=rf"another process writes here: process {process.pid} on .*, since 20"),
+            sole_writer(tmp_path / "out"),
+        ):
+            pytest.fail("two writers")
+        with sole_writer(tmp_path / "other"):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_lock_ends_with_its_holder_and_leaves_nothing(tmp_path):
+    process = holder(tmp_path / "out")
+    process.kill()
+    process.wait()
+    assert (tmp_path / "out" / LOCK_NAME).exists(), "a killed process cannot clean up"
+    with sole_writer(tmp_path / "out"):
+        assert str(os.getpid()) in (tmp_path / "out" / LOCK_NAME).read_text()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_same_process_may_ask_again(tmp_path):
+    with sole_writer(tmp_path):
+        with sole_writer(tmp_path / "." / ""):
+            pass
+        assert (tmp_path / LOCK_NAME).exists(), "the outer block still writes"
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_an_error_in_the_block_frees_the_folder(tmp_path):
+    with pytest.raises(ValueError, match="inside"), sole_writer(tmp_path):
+        raise ValueError("inside")
+    with sole_writer(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_words(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"), sole_writer(tmp_path / "file" / "out"):
+        pass

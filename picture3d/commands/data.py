@@ -6,6 +6,7 @@ from pathlib import Path
 
 from picture3d.datasets.prepared import PreparedDataset, PreparedSummary
 from picture3d.errors import ConfigError
+from picture3d.files import sole_writer
 from picture3d.training.runlog import Progress
 
 
@@ -39,7 +40,7 @@ def synth(
     version = "v1.0-mini" if version is None else version
     from picture3d.synthetic.nuscenes_writer import write_nuscenes
 
-    with Progress("synth", unit="sweeps") as progress:
+    with sole_writer(out), Progress("synth", unit="sweeps") as progress:
         write_nuscenes(
             out,
             version=version,
@@ -59,7 +60,7 @@ def synth(
 def _synth_waymo(out: Path, *, scenes: int, frames: int, val_scenes: int, seed: int, processes: int) -> str:
     from picture3d.synthetic.waymo_writer import write_waymo
 
-    with Progress("synth", unit="frames") as progress:
+    with sole_writer(out), Progress("synth", unit="frames") as progress:
         write_waymo(
             out,
             scenes=scenes,
@@ -76,7 +77,7 @@ def prepare_nuscenes(raw: Path, out: Path, *, version: str, sweeps: int, skip_mi
     """Prepares raw nuScenes; returns what to tell the user."""
     from picture3d.datasets.nuscenes import prepare_nuscenes as prepare
 
-    with Progress("prepare", unit="frames") as progress:
+    with sole_writer(out), Progress("prepare", unit="frames") as progress:
         summary = prepare(raw, out, version=version, sweeps=sweeps, skip_missing=skip_missing, progress=progress)
     return prepared_line(summary)
 
@@ -96,7 +97,7 @@ def prepare_points(
     """Prepares a folder of sweeps; returns what to tell the user."""
     from picture3d.datasets.point_files import prepare_points as prepare
 
-    with Progress("prepare", unit="frames") as progress:
+    with sole_writer(out), Progress("prepare", unit="frames") as progress:
         summary = prepare(
             folder,
             out,
@@ -118,12 +119,13 @@ def targets(
     """Runs a teacher over the keyframes; returns what to tell the user."""
     from picture3d.commands.build import build_teacher
     from picture3d.commands.machine import start
+    from picture3d.teachers.store import store_folder
     from picture3d.teachers.targets import compute_targets
 
     machine = start(device, threads)
     dataset = PreparedDataset(prepared)
     network = build_teacher(teacher, weights, machine)
-    with Progress("targets") as progress:
+    with sole_writer(store_folder(prepared, network.name)), Progress("targets") as progress:
         summary = compute_targets(dataset, network, num_superclasses=superclasses, seed=seed, progress=progress)
     return (
         f"{summary.folder}: {summary.logs} logs ({summary.logs_made} made now), {summary.frames} keyframes, "

@@ -7,6 +7,7 @@ from pathlib import Path
 from picture3d.datasets.detection_classes import NUSCENES_DETECTION, WAYMO_DETECTION
 from picture3d.datasets.object_building import build_object_database
 from picture3d.errors import ConfigError
+from picture3d.files import sole_writer
 from picture3d.training.runlog import Progress
 
 _CLASSES = {"all": None, "nuscenes": NUSCENES_DETECTION, "waymo": WAYMO_DETECTION}
@@ -31,7 +32,7 @@ def objects(
     """
     if classes not in _CLASSES:
         raise ConfigError(f"--classes {classes}: choose one of {', '.join(_CLASSES)}")
-    with Progress("objects", unit="keyframes") as progress:
+    with sole_writer(prepared / "objects"), Progress("objects", unit="keyframes") as progress:
         made = build_object_database(
             prepared,
             name=name,

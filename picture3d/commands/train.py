@@ -10,6 +10,7 @@ from picture3d.commands.build import build_detection, build_picture, build_segme
 from picture3d.commands.machine import start
 from picture3d.config import read_config_tree
 from picture3d.errors import ConfigError
+from picture3d.files import sole_writer
 from picture3d.recipes.catalogue import (
     DETECTION,
     PRETRAINING,
@@ -46,6 +47,11 @@ def pretrain(
 
 def run_pretraining(config: PretrainConfig, out: Path, resume: bool, device: str, threads: int) -> FitResult:
     """Pre-trains by a resolved config."""
+    with sole_writer(out):
+        return _pretrain(config, out, resume, device, threads)
+
+
+def _pretrain(config: PretrainConfig, out: Path, resume: bool, device: str, threads: int) -> FitResult:
     machine = start(device, threads)
     targets = build_targets(config.targets, config.data.root, machine)
     batches = training_batches(config, targets)
@@ -83,6 +89,11 @@ def run_finetuning(
     config: SegmentationConfig | DetectionConfig, out: Path, resume: bool, device: str, threads: int
 ) -> FitResult:
     """Fine-tunes by a resolved config."""
+    with sole_writer(out):
+        return _finetune(config, out, resume, device, threads)
+
+
+def _finetune(config: SegmentationConfig | DetectionConfig, out: Path, resume: bool, device: str, threads: int) -> FitResult:
     machine = start(device, threads)
     batches = training_batches(config, None)
     task = build_segmentation(config, machine) if isinstance(config, SegmentationConfig) else build_detection(config, machine)
