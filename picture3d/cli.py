@@ -596,11 +596,19 @@ def _options(
 
 
 def main() -> None:
-    """Entry point: our own errors become one line on standard error and exit status 2; Ctrl-C becomes status 130."""
+    """Entry point: our own errors, and the system's, become one line on standard error and status 2; Ctrl-C status 130."""
     try:
         app()
     except Picture3dError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:  # what no reader or writer of ours has put into words: a disk that failed, a folder without rights
+        place = f"{error.filename}: " if error.filename else ""
+        typer.echo(
+            f"error: {place}{error.strerror or error}. Check the path, its rights and the space on its disk; "
+            "what is finished is kept, the same command goes on from it",
+            err=True,
+        )
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as end:
         # The library beneath turns Ctrl-C into a silent exit of status 130 before it gets here.

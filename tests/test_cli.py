@@ -109,3 +109,14 @@ def test_recipes_are_listed_and_printed(monkeypatch, capsys):
     assert "waymo-picture-20" in capsys.readouterr().out
     assert call(monkeypatch, "recipes", "town-segmentation") == 0
     assert '"kind": "segmentation"' in capsys.readouterr().out
+
+
+def test_an_error_of_the_system_is_one_line_too(monkeypatch, capsys):
+    def fail(*_: object) -> str:
+        raise PermissionError(13, "Permission denied", "/data/sweep.bin")
+
+    monkeypatch.setattr("picture3d.commands.train.describe_recipes", fail)
+    assert call(monkeypatch, "recipes") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: /data/sweep.bin: Permission denied. Check the path")
+    assert said.count("\n") == 1
