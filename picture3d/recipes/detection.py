@@ -46,14 +46,17 @@ def town_detection(data: Path) -> DetectionConfig:
                 nms_thresholds=(0.2,) * 10,
                 limits=(61.2, 61.2, 10.0),
                 published_nms_angle=False,
+                # So few steps are better spent on where things are.
+                regression_weight=0.5,
+                iou_regression_weight=0.5,
             ),
         ),
         training=TrainingConfig(
             epochs=None,
-            max_steps=300,
-            batch_size=2,
-            checkpoint_every=50,
-            optim=OptimConfig(peak_lr=4e-3, weight_decay=0.01, warmup_share=0.15, start_divisor=10.0),
+            max_steps=1000,
+            batch_size=1,
+            checkpoint_every=100,
+            optim=OptimConfig(peak_lr=4e-3, weight_decay=0.01, warmup_share=0.15, start_divisor=10.0, grad_clip=10.0),
         ),
     )
 
