@@ -136,7 +136,7 @@ def describe_recipes(name: str | None) -> str:
         lines = []
         for title, recipes in (("pre-training", PRETRAINING), ("segmentation", SEGMENTATION), ("detection", DETECTION)):
             lines.append(f"{title}:")
-            lines += [f"  {key:26s}{(make.__doc__ or '').splitlines()[0]}" for key, make in recipes.items()]
+            lines += [f"  {key:32s}{(make.__doc__ or '').splitlines()[0]}" for key, make in recipes.items()]
         return "\n".join(lines)
     return json.dumps(any_recipe(name, data).model_dump(mode="json"), indent=2)
 
