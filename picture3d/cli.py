@@ -154,6 +154,19 @@ def prepare_argoverse2(
     _show(command(raw, out, sweeps=sweeps, skip_missing=skip_missing))
 
 
+@prepare_app.command("once")
+def prepare_once(
+    raw: Annotated[Path, typer.Argument(help="Folder that holds data/<sequence>/ and ImageSets/.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the prepared frames.")],
+    sweeps: Annotated[int, typer.Option(min=0, help="Earlier sweeps linked to each, where there are poses.")] = 4,
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out files that are not on disk.")] = False,
+) -> None:
+    """Prepare ONCE: sweeps, poses, boxes of the annotated frames; the lists of ImageSets are the splits."""
+    from picture3d.commands.prepare import prepare_once as command
+
+    _show(command(raw, out, sweeps=sweeps, skip_missing=skip_missing))
+
+
 @prepare_app.command("waymo")
 def prepare_waymo(
     raw: Annotated[Path, typer.Argument(help="Folder that holds training/, validation/ or testing/ with the tfrecords.")],
@@ -209,7 +222,7 @@ def data_objects(
     sweeps: Annotated[int, typer.Option(min=1, help="Sweeps merged into a frame, the keyframe included.")] = 1,
     split: Annotated[str, typer.Option(help="Whose objects are taken.")] = "train",
     name: Annotated[str | None, typer.Option(help="Name of the database; SPLIT-<N>sweeps if not given.")] = None,
-    classes: Annotated[str, typer.Option(help="Keep these classes: nuscenes, waymo, or all categories.")] = "all",
+    classes: Annotated[str, typer.Option(help="Keep these classes: nuscenes, waymo, once, or all categories.")] = "all",
     every: Annotated[
         list[str] | None,
         typer.Option(metavar="CLASS=N", help="Take a class from every N-th keyframe only. Repeatable."),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from picture3d.datasets.detection_classes import NUSCENES_DETECTION, WAYMO_DETECTION
+from picture3d.datasets.detection_classes import NUSCENES_DETECTION, ONCE_DETECTION, WAYMO_DETECTION
 from picture3d.datasets.object_building import build_object_database
 from picture3d.errors import ConfigError
 from picture3d.files import sole_writer
 from picture3d.training.runlog import Progress
 
-_CLASSES = {"all": None, "nuscenes": NUSCENES_DETECTION, "waymo": WAYMO_DETECTION}
+_CLASSES = {"all": None, "nuscenes": NUSCENES_DETECTION, "waymo": WAYMO_DETECTION, "once": ONCE_DETECTION}
 
 
 def objects(

@@ -1,4 +1,4 @@
-"""`picture3d prepare waymo`, `prepare semantickitti` and `prepare argoverse2`."""
+"""`picture3d prepare waymo`, `prepare semantickitti`, `prepare argoverse2` and `prepare once`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ def prepare_semantickitti(raw: Path, out: Path, *, sweeps: int, skip_missing: bo
 def prepare_argoverse2(raw: Path, out: Path, *, sweeps: int, skip_missing: bool) -> str:
     """Prepares Argoverse 2 sensor logs; returns what to tell the user."""
     from picture3d.datasets.argoverse2 import prepare_argoverse2 as prepare
+
+    with sole_writer(out), Progress("prepare", unit="frames") as progress:
+        return prepared_line(prepare(raw, out, sweeps=sweeps, skip_missing=skip_missing, progress=progress))
+
+
+def prepare_once(raw: Path, out: Path, *, sweeps: int, skip_missing: bool) -> str:
+    """Prepares ONCE; returns what to tell the user."""
+    from picture3d.datasets.once import prepare_once as prepare
 
     with sole_writer(out), Progress("prepare", unit="frames") as progress:
         return prepared_line(prepare(raw, out, sweeps=sweeps, skip_missing=skip_missing, progress=progress))

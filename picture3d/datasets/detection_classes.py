@@ -10,13 +10,16 @@ from numpy.typing import NDArray
 
 from picture3d.formats.nuscenes_results import CLASS_OF_CATEGORY
 
+_MERGED = {"Car": "Vehicle", "Truck": "Vehicle", "Bus": "Vehicle"}
+
 
 @dataclass(frozen=True, slots=True)
 class DetectionClasses:
     """The classes of a head, in order; class 0 is everything else.
 
     A box belongs to a class if its category is the name of the class, in capitals or not, or a category of nuScenes that the
-    detection challenge counts as that class.
+    detection challenge counts as that class. Where there is no class of its own for it, a Car, Truck or Bus of ONCE is a
+    Vehicle, as the ONCE benchmark merges them.
     """
 
     names: tuple[str, ...]
@@ -24,7 +27,10 @@ class DetectionClasses:
     def of(self, categories: Iterable[str]) -> NDArray[np.int64]:
         """(B,) int64: 1-based class of each category, 0 for what no class stands for."""
         index = {name.lower(): i for i, name in enumerate(self.names, start=1)}
-        found = [index.get(CLASS_OF_CATEGORY.get(category, category).lower(), 0) for category in categories]
+        found: list[int] = []
+        for category in categories:
+            own = index.get(CLASS_OF_CATEGORY.get(category, category).lower(), 0)
+            found.append(own or index.get(_MERGED.get(category, "").lower(), 0))
         return np.array(found, np.int64)
 
 
@@ -44,3 +50,4 @@ NUSCENES_DETECTION = DetectionClasses(
     )
 )
 WAYMO_DETECTION = DetectionClasses(("Vehicle", "Pedestrian", "Cyclist"))
+ONCE_DETECTION = DetectionClasses(("Vehicle", "Pedestrian", "Cyclist"))

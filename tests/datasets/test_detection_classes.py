@@ -19,3 +19,8 @@ def test_a_class_is_its_own_category_in_capitals_or_not():
     assert WAYMO_DETECTION.of(["VEHICLE", "Sign", "cyclist", "Pedestrian", ""]).tolist() == [1, 0, 3, 2, 0]
     assert DetectionClasses(("REGULAR_VEHICLE",)).of(["regular_vehicle", "BUS"]).tolist() == [1, 0]
     assert DetectionClasses(("car",)).of([]).shape == (0,)
+
+
+def test_a_truck_of_once_is_a_vehicle_only_where_there_is_no_class_for_trucks():
+    assert DetectionClasses(("Vehicle", "Truck")).of(["Car", "Truck", "Bus"]).tolist() == [1, 2, 1]
+    assert WAYMO_DETECTION.of(["vehicle.car", "vehicle.truck"]).tolist() == [0, 0]
