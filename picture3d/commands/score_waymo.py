@@ -7,8 +7,8 @@ from pathlib import Path
 
 from picture3d.config import nearest
 from picture3d.errors import ConfigError, DataError
-from picture3d.evaluation.waymo_detection import KINDS, LEVELS, WaymoScores, score_detections
-from picture3d.formats.waymo_objects import read_objects
+from picture3d.evaluation.waymo_detection import KINDS, LEVELS, WaymoScores, score_segments
+from picture3d.formats.waymo_objects_reading import ObjectsFile
 
 _KIND_OF_NAME = {name.lower(): kind for kind, name in KINDS.items()}
 
@@ -27,9 +27,9 @@ def score_waymo_detection(predictions: Path, labels: Path, *, iou: list[str], as
         DataError: as the reader and the metric do.
     """
     thresholds = dict(_threshold(text) for text in iou)
-    truth, found = read_objects(labels), read_objects(predictions)
+    truth, found = ObjectsFile(labels), ObjectsFile(predictions)
     try:
-        scores = score_detections(truth, found, iou_thresholds=thresholds)
+        scores = score_segments(truth, found, iou_thresholds=thresholds)
     except DataError as error:
         raise DataError(f"{predictions}, {labels}: {error}") from None
     return json.dumps(scores.to_json()) if as_json else table(str(predictions), scores)

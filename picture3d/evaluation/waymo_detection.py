@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -149,10 +149,48 @@ class WaymoScorer:
         return WaymoScores(ap, aph, labels, self._frames)
 
 
-def score_detections(
-    labels: WaymoObjects, predictions: WaymoObjects, *, iou_thresholds: Mapping[int, float] | None = None
+class SegmentedObjects(Protocol):
+    """Objects that are handed out segment by segment: `waymo_objects_reading.ObjectsFile`, or `ObjectsInMemory`."""
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """Names of the segments that have an object."""
+        ...
+
+    def read(self, segment: str) -> WaymoObjects:
+        """All objects of a segment; none if it has none."""
+        ...
+
+
+class ObjectsInMemory:
+    """Columns of many segments, handed out segment by segment.
+
+    Args:
+        objects: in any order.
+    """
+
+    def __init__(self, objects: WaymoObjects) -> None:
+        self._objects = objects
+        number = {name: i for i, name in enumerate(dict.fromkeys(objects.context))}
+        segment = np.fromiter((number[name] for name in objects.context), np.int32, len(objects))
+        order = np.argsort(segment, kind="stable")
+        parts = np.split(order, np.searchsorted(segment[order], np.arange(1, len(number))))
+        self._rows = dict(zip(number, parts, strict=False))
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """Names of the segments that have an object."""
+        return tuple(self._rows)
+
+    def read(self, segment: str) -> WaymoObjects:
+        """All objects of a segment; none if it has none."""
+        return select(self._objects, self._rows.get(segment, np.zeros(0, np.int64)))
+
+
+def score_segments(
+    labels: SegmentedObjects, predictions: SegmentedObjects, *, iou_thresholds: Mapping[int, float] | None = None
 ) -> WaymoScores:
-    """The metric of whole files.
+    """The metric of whole files; no more than one segment of each is in memory.
 
     A file of labels does not list frames without labels. A prediction in such a frame is a false positive; one in a segment
     that has no label at all is refused.
@@ -160,13 +198,13 @@ def score_detections(
     Raises:
         DataError: if a number is not finite, or predictions belong to unknown segments.
     """
-    unknown = sorted(set(predictions.context) - set(labels.context))
+    unknown = sorted(set(predictions.segments) - set(labels.segments))
     if unknown:
         listed = ", ".join(unknown[:_NAMED]) + (f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else "")
         raise DataError(f"predictions for segments that have no labels: {listed}. Score them against labels of the same split.")
     scorer = WaymoScorer(iou_thresholds)
-    for rows_of_labels, rows_of_predictions in _parts(labels, predictions):
-        scorer.add(select(labels, rows_of_labels), select(predictions, rows_of_predictions))
+    for name in labels.segments:
+        scorer.add(labels.read(name), predictions.read(name))
     return scorer.scores()
 
 
@@ -346,17 +384,6 @@ def _area(precision: Float64Array, recall: Float64Array) -> float:
 
 def _keys(objects: WaymoObjects) -> list[tuple[str, int]]:
     return list(zip(objects.context, objects.timestamp.tolist(), strict=True))
-
-
-def _parts(labels: WaymoObjects, predictions: WaymoObjects) -> Iterator[tuple[Int64Array, Int64Array]]:
-    """Rows of both sides, segment by segment."""
-    number = {name: i for i, name in enumerate(dict.fromkeys((*labels.context, *predictions.context)))}
-    sides = []
-    for objects in (labels, predictions):
-        segment = np.fromiter((number[name] for name in objects.context), np.int32, len(objects))
-        order = np.argsort(segment, kind="stable")
-        sides.append(np.split(order, np.searchsorted(segment[order], np.arange(1, len(number)))) if number else [])
-    yield from zip(*sides, strict=True)
 
 
 def _require_finite(objects: WaymoObjects, what: str) -> None:

@@ -14,7 +14,7 @@ from picture3d.cli import app
 from picture3d.datasets.prepared import PreparedDataset
 from picture3d.errors import ConfigError, DataError
 from picture3d.formats.nuscenes_results import CLASSES
-from picture3d.formats.waymo_objects import read_objects
+from picture3d.formats.waymo_objects_reading import read_objects
 from picture3d.recipes.catalogue import detection_recipe, segmentation_recipe, tiny
 
 

@@ -14,12 +14,17 @@ from typer.testing import CliRunner
 
 from picture3d.cli import app
 from picture3d.errors import ConfigError, DataError
-from picture3d.evaluation.waymo_detection import CUTOFFS, WaymoScorer, score_detections, select
-from picture3d.formats.waymo_objects import WaymoObjects, make_objects, read_objects, write_objects
+from picture3d.evaluation.waymo_detection import CUTOFFS, ObjectsInMemory, WaymoScorer, WaymoScores, score_segments, select
+from picture3d.formats.waymo_objects import WaymoObjects, make_objects, write_objects
+from picture3d.formats.waymo_objects_reading import read_objects
 from picture3d.ops.box_iou import iou_3d
 from tests.sample_data import sample_path
 
 CAR = 1
+
+
+def score_detections(labels: WaymoObjects, predictions: WaymoObjects, **options: dict[int, float]) -> WaymoScores:
+    return score_segments(ObjectsInMemory(labels), ObjectsInMemory(predictions), **options)
 
 
 def objects(rows: list[list[float]], kinds: list[int] | None = None, *, time: int = 0, **columns: list[float]) -> WaymoObjects:
