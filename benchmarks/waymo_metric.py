@@ -1,9 +1,10 @@
 """The Waymo metric at the size of the validation set: 40,000 frames of made boxes, added segment by segment.
 
-    python benchmarks/waymo_metric.py [--frames 40000] [--labels 50] [--predictions 150]
+    python benchmarks/waymo_metric.py [--frames 40000] [--labels 50] [--predictions 150] [--files FOLDER]
 
 Each frame has cars and pedestrians; two predictions of three lie near a label. Prints seconds and the growth of resident memory
-over the second half of the frames, which a metric that kept frames could not hide.
+over the second half of the frames, which a metric that kept frames could not hide. With --files the boxes are first written to
+two files, which are then looked through, read and scored as `picture3d score waymo-detection` does it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import os
 import platform
 import resource
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from picture3d.evaluation.waymo_detection import WaymoScorer
-from picture3d.formats.waymo_objects import WaymoObjects, make_objects
+from picture3d.formats.waymo_objects import WaymoObjects, make_objects, write_objects
+from picture3d.formats.waymo_objects_reading import ObjectsFile
 
 FRAMES_OF_A_SEGMENT = 200
 
@@ -42,14 +45,8 @@ def resident_mb() -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--frames", type=int, default=40_000)
-    parser.add_argument("--labels", type=int, default=50)
-    parser.add_argument("--predictions", type=int, default=150)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"{platform.machine()}, 1 thread, numpy {np.__version__}, torch {torch.__version__}")
+def from_memory(args: argparse.Namespace) -> None:
+    """Frame by frame, as they are made."""
     rng, scorer = np.random.default_rng(0), WaymoScorer()
     seconds, half = 0.0, 0.0
     for index in range(args.frames):
@@ -59,6 +56,30 @@ def main() -> None:
         seconds += time.perf_counter() - begin
         if index == args.frames // 2:
             half = resident_mb()
+    report(args, scorer, seconds, half)
+
+
+def from_files(args: argparse.Namespace) -> None:
+    """Segment by segment, from two files."""
+    paths = [args.files / f"{name}.bin" for name in ("labels", "predictions")]
+    for which, path in enumerate(paths):
+        rng = np.random.default_rng(0)
+        write_objects(path, (frame(rng, index, args.labels, args.predictions)[which] for index in range(args.frames)))
+    begin = time.perf_counter()
+    labels, found = (ObjectsFile(path) for path in paths)
+    print(
+        f"files of {' and '.join(f'{path.stat().st_size / 1e6:.0f}' for path in paths)} MB, looked through in "
+        f"{time.perf_counter() - begin:.1f} s; resident memory {resident_mb():.0f} MB"
+    )
+    scorer, half = WaymoScorer(), 0.0
+    for index, name in enumerate(labels.segments):
+        scorer.add(labels.read(name), found.read(name))
+        if index == len(labels.segments) // 2:
+            half = resident_mb()
+    report(args, scorer, time.perf_counter() - begin, half)
+
+
+def report(args: argparse.Namespace, scorer: WaymoScorer, seconds: float, half: float) -> None:
     begin = time.perf_counter()
     scores = scorer.scores()
     seconds += time.perf_counter() - begin
@@ -69,6 +90,18 @@ def main() -> None:
         f"{resident_mb():.0f} MB, {resident_mb() - half:+.1f} MB over the second half, peak "
         f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6:.0f} MB"
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--frames", type=int, default=40_000)
+    parser.add_argument("--labels", type=int, default=50)
+    parser.add_argument("--predictions", type=int, default=150)
+    parser.add_argument("--files", type=Path, help="an existing folder for the two files")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{platform.machine()}, 1 thread, numpy {np.__version__}, torch {torch.__version__}")
+    (from_files if args.files else from_memory)(args)
 
 
 if __name__ == "__main__":

@@ -144,11 +144,11 @@ class ResidualBlock2d(nn.Module):
         """(B, in_channels, H, W) to (B, channels, H / stride, W / stride)."""
         hidden = conv_norm(self.conv2, self.bn2, conv_norm(self.conv1, self.bn1, bev).relu_())
         if self.downsample_layer is None:
-            return (hidden + bev).relu_()
+            return hidden.add_(bev).relu_()
         conv, norm = self.downsample_layer
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
-        return (hidden + conv_norm(conv, norm, bev)).relu_()
+        return hidden.add_(conv_norm(conv, norm, bev)).relu_()
 
 
 class _ToCommon(nn.Sequential):
