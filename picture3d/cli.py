@@ -62,9 +62,11 @@ def synth(
     seed: Annotated[int, typer.Option(help="The same seed writes the same bytes.")] = 0,
     version: Annotated[str | None, typer.Option(help="nuScenes: name of the table folder, v1.0-mini by default.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Scenes written side by side; the bytes do not depend on it.")] = 1,
-    layout: Annotated[str, typer.Option("--format", help="Raw format: nuscenes, or waymo (v1.x tfrecords).")] = "nuscenes",
+    layout: Annotated[
+        str, typer.Option("--format", help="Raw format: nuscenes, waymo (v1.x tfrecords), waymo-v2 (Parquet).")
+    ] = "nuscenes",
 ) -> None:
-    """Write a raw dataset of a procedural town: nuScenes v1.0 seen by 32 beams, or Waymo v1.x seen by five LiDARs."""
+    """Write a raw dataset of a procedural town: nuScenes v1.0 seen by 32 beams, or Waymo seen by five LiDARs."""
     from picture3d.commands.data import synth as command
 
     _show(
@@ -169,14 +171,15 @@ def prepare_once(
 
 @prepare_app.command("waymo")
 def prepare_waymo(
-    raw: Annotated[Path, typer.Argument(help="Folder that holds training/, validation/ or testing/ with the tfrecords.")],
+    raw: Annotated[Path, typer.Argument(help="Folder of training/, validation/, testing/ with tfrecords or v2 components.")],
     out: Annotated[Path, typer.Argument(help="Folder for the prepared frames.")],
     sweeps: Annotated[int, typer.Option(min=0, help="Earlier frames linked to each; fewer can be used when loading.")] = 9,
     xyz_step: Annotated[float, typer.Option(min=0, help="Round coordinates to this many metres; 0 stores them exactly.")] = 0.0,
     processes: Annotated[int, typer.Option(min=1, help="Segments prepared side by side; the bytes do not depend on it.")] = 1,
 ) -> None:
-    """Prepare the Waymo Open Dataset v1.x: five LiDARs, both returns, poses, boxes, point classes. No TensorFlow.
+    """Prepare the Waymo Open Dataset, v1.x or v2: five LiDARs, both returns, poses, boxes, classes. No TensorFlow.
 
+    Which version lies in the folder is seen from its files; v2 (Parquet) needs the extra `arrow`.
     Exit status 1 if a damaged segment was set aside; the others are prepared.
     """
     from picture3d.commands.prepare import prepare_waymo as command

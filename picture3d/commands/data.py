@@ -28,15 +28,16 @@ def synth(
         ConfigError: for an unknown `layout`, or options that only nuScenes has.
         DataError: if the folder cannot be written.
     """
-    if layout == "waymo":
+    if layout in ("waymo", "waymo-v2"):
         if sweeps_per_keyframe is not None or version is not None:
             raise ConfigError(
                 "--sweeps-per-keyframe and --version belong to nuScenes; every frame of --format waymo is annotated. "
                 "Leave them out."
             )
-        return _synth_waymo(out, scenes=scenes, frames=keyframes, val_scenes=val_scenes, seed=seed, processes=processes)
+        second = layout == "waymo-v2"
+        return _synth_waymo(out, second, scenes=scenes, frames=keyframes, val_scenes=val_scenes, seed=seed, processes=processes)
     if layout != "nuscenes":
-        raise ConfigError(f"--format {layout}: the town can be written as nuscenes or waymo.")
+        raise ConfigError(f"--format {layout}: the town can be written as nuscenes, waymo or waymo-v2.")
     version = "v1.0-mini" if version is None else version
     from picture3d.synthetic.nuscenes_writer import write_nuscenes
 
@@ -57,11 +58,13 @@ def synth(
     )
 
 
-def _synth_waymo(out: Path, *, scenes: int, frames: int, val_scenes: int, seed: int, processes: int) -> str:
+def _synth_waymo(out: Path, second: bool, *, scenes: int, frames: int, val_scenes: int, seed: int, processes: int) -> str:
+    from picture3d.synthetic.waymo_v2_writer import write_waymo_v2
     from picture3d.synthetic.waymo_writer import write_waymo
 
     with sole_writer(out), Progress("synth", unit="frames") as progress:
-        write_waymo(
+        write = write_waymo_v2 if second else write_waymo
+        write(
             out,
             scenes=scenes,
             frames_per_scene=frames,
@@ -70,7 +73,8 @@ def _synth_waymo(out: Path, *, scenes: int, frames: int, val_scenes: int, seed: 
             processes=processes,
             progress=progress,
         )
-    return f"{out}: raw Waymo v1, {scenes} segments of {frames} frames. Next: picture3d prepare waymo {out} OUT"
+    version = "v2" if second else "v1"
+    return f"{out}: raw Waymo {version}, {scenes} segments of {frames} frames. Next: picture3d prepare waymo {out} OUT"
 
 
 def prepare_nuscenes(raw: Path, out: Path, *, version: str, sweeps: int, skip_missing: bool) -> str:

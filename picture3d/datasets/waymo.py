@@ -28,9 +28,6 @@ from picture3d.formats.waymo_frame import (
     LaserLabels,
     WaymoFrame,
     read_frame,
-    read_pixel_poses,
-    read_range_image,
-    read_segmentation,
 )
 from picture3d.formats.waymo_objects import CYCLIST, PEDESTRIAN, SIGN, UNKNOWN, VEHICLE
 from picture3d.structures.boxes import Boxes
@@ -89,8 +86,8 @@ def prepare_waymo(
             plans.append(_plan(path, log, split, name, {"preparer": _PREPARER, "sweeps": sweeps, "xyz_codec": str(xyz_codec)}))
     if not plans:
         raise DataError(
-            f"{raw}: no tfrecord in {', '.join(f'{folder}/' for folder in SPLIT_FOLDERS)}. Name the folder above them; "
-            "a segment belongs to the split whose folder it lies in."
+            f"{raw}: no tfrecord in {', '.join(f'{folder}/' for folder in SPLIT_FOLDERS)}, and no Parquet component (v2) in "
+            "their folders. Name the folder above them; a segment belongs to the split whose folder it lies in."
         )
     return write_logs(
         out,
@@ -125,7 +122,7 @@ def frame_of_waymo(
     frame has 3-D segmentation; points of LiDARs without it are of class 0, undefined.
 
     Args:
-        raw: from :func:`picture3d.formats.waymo_frame.read_frame`.
+        raw: from :func:`picture3d.formats.waymo_frame.read_frame` or :func:`picture3d.formats.waymo_v2.read_segment`.
         log, index: where it belongs.
         where: what errors call the frame.
         previous: indices of earlier frames, newest first.
@@ -198,14 +195,14 @@ def _points(raw: WaymoFrame, where: str) -> tuple[PointCloud, NDArray[np.uint8] 
         poses: NDArray[np.float32] | None = None
         for number, streams in enumerate(raw.lasers[name], start=1):
             place = f"{where}, LiDAR {LASER_NAMES[name]}, return {number}"
-            if not len(streams.range_image):
+            image = streams.read_range_image(f"{place}, range image")
+            if image is None:
                 continue
             if name not in raw.calibrations:
                 raise DataError(f"{place}: the frame holds no calibration of it.")
             if name == TOP and poses is None:
                 poses = _top_poses(raw, place)
             calibration = raw.calibrations[name]
-            image = read_range_image(streams.range_image, f"{place}, range image")
             found = points_of_range_image(
                 image,
                 calibration.inclinations(len(image), place),
@@ -216,9 +213,10 @@ def _points(raw: WaymoFrame, where: str) -> tuple[PointCloud, NDArray[np.uint8] 
             )
             count = len(found.pixel)
             labels, instances = np.zeros(count, np.uint8), np.zeros(count, np.uint16)
-            if len(streams.segmentation):
+            classes = streams.read_segmentation(f"{place}, segmentation")
+            if classes is not None:
                 segmented = True
-                labels, instances = _segmentation(streams.segmentation, image.shape[:2], found.pixel, f"{place}, segmentation")
+                labels, instances = _segmentation(classes, image.shape[:2], found.pixel, f"{place}, segmentation")
             for column, part in (
                 ("xyz", found.xyz.astype(np.float32)),
                 ("intensity", found.intensity),
@@ -238,19 +236,18 @@ def _points(raw: WaymoFrame, where: str) -> tuple[PointCloud, NDArray[np.uint8] 
 
 def _top_poses(raw: WaymoFrame, place: str) -> NDArray[np.float32]:
     """Both returns of the TOP LiDAR are moved by the poses stored with the first."""
-    stream = raw.lasers[TOP][0].pose
-    if not len(stream):
+    poses = raw.lasers[TOP][0].read_pixel_poses(f"{place}, poses of the pixels")
+    if poses is None:
         raise DataError(
-            f"{place}: the frame lacks the poses of its pixels (range_image_pose_compressed of the first return), "
-            "without which its points cannot be placed."
+            f"{place}: the frame lacks the poses of its pixels (v1: range_image_pose_compressed of the first return; v2: "
+            "lidar_pose), without which its points cannot be placed."
         )
-    return read_pixel_poses(stream, f"{place}, poses of the pixels")
+    return poses
 
 
 def _segmentation(
-    stream: memoryview, shape: Sequence[int], pixel: NDArray[np.int64], place: str
+    image: NDArray[np.integer], shape: Sequence[int], pixel: NDArray[np.int64], place: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-    image = read_segmentation(stream, place)
     if image.shape[:2] != tuple(shape):
         raise DataError(f"{place}: has {image.shape[:2]} pixels, its range image {tuple(shape)}.")
     chosen = image.reshape(-1, 2)[pixel]

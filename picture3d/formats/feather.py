@@ -25,11 +25,10 @@ def read_feather(path: Path, columns: Mapping[str, str]) -> dict[str, NDArray[An
         ConfigError: if pyarrow is not installed.
         DataError: if the file is missing, damaged or too large, lacks a column, or a value is absent or of another kind.
     """
-    try:
-        import pyarrow as pa
-        from pyarrow import ipc
-    except ImportError:
-        raise ConfigError(f"{path}: reading Feather files needs pyarrow. Install it: pip install picture3d[arrow]") from None
+    need_pyarrow(f"{path}: reading Feather files")
+    import pyarrow as pa
+    from pyarrow import ipc
+
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
     try:
@@ -45,13 +44,30 @@ def read_feather(path: Path, columns: Mapping[str, str]) -> dict[str, NDArray[An
                 raise DataError(f"{path}: {rows} rows, more than the {_MAX_ROWS} such a table may have. It was not used.")
             table = pa.Table.from_batches(batches, reader.schema).select(list(columns))
             table.validate(full=True)
-            return {name: _column(table.column(name), kind, f"{path}, column {name}") for name, kind in columns.items()}
+            return {name: numpy_column(table.column(name), kind, f"{path}, column {name}") for name, kind in columns.items()}
     except (pa.ArrowException, OSError) as error:
         text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise DataError(f"{path}: not a whole Feather file ({text}). Download it again.") from None
 
 
-def _column(column: Any, kind: str, place: str) -> NDArray[Any]:
+def need_pyarrow(what: str) -> None:
+    """Sees to it that pyarrow can be imported.
+
+    Raises:
+        ConfigError: saying that `what` needs it, and how to get it.
+    """
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise ConfigError(f"{what} needs pyarrow. Install it: pip install picture3d[arrow]") from None
+
+
+def numpy_column(column: Any, kind: str, place: str) -> NDArray[Any]:
+    """A column of a table as an array; `kind` as in :func:`read_feather`.
+
+    Raises:
+        DataError: (naming `place`) if a value is absent, or of another kind.
+    """
     import pyarrow.types as types
 
     if column.null_count:

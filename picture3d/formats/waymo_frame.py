@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,12 +63,40 @@ class LaserCalibration:
         return low + (np.arange(height) + 0.5) / height * (high - low)
 
 
+class LaserReturn(Protocol):
+    """One return of one LiDAR, however it is stored. Errors call it `where`; None where the file has no such image."""
+
+    def read_range_image(self, where: str) -> NDArray[np.float32] | None:
+        """See :func:`read_range_image`."""
+        ...
+
+    def read_pixel_poses(self, where: str) -> NDArray[np.float32] | None:
+        """See :func:`read_pixel_poses`."""
+        ...
+
+    def read_segmentation(self, where: str) -> NDArray[np.integer] | None:
+        """See :func:`read_segmentation`."""
+        ...
+
+
 class CompressedReturn(NamedTuple):
     """The zlib streams of one return of one LiDAR; empty where the file has none. See the `read_*` functions below."""
 
     range_image: memoryview  # MatrixFloat (H, W, 4): range, intensity, elongation, in no-label zone
     pose: memoryview  # MatrixFloat (H, W, 6): roll, pitch, yaw, x, y, z of the vehicle when the pixel was measured
     segmentation: memoryview  # MatrixInt32 (H, W, 2): instance, class
+
+    def read_range_image(self, where: str) -> NDArray[np.float32] | None:
+        """See :func:`read_range_image`."""
+        return read_range_image(self.range_image, where) if len(self.range_image) else None
+
+    def read_pixel_poses(self, where: str) -> NDArray[np.float32] | None:
+        """See :func:`read_pixel_poses`."""
+        return read_pixel_poses(self.pose, where) if len(self.pose) else None
+
+    def read_segmentation(self, where: str) -> NDArray[np.integer] | None:
+        """See :func:`read_segmentation`."""
+        return read_segmentation(self.segmentation, where) if len(self.segmentation) else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +135,7 @@ class WaymoFrame:
     timestamp_us: int
     global_from_vehicle: Pose
     calibrations: dict[int, LaserCalibration]  # by LiDAR
-    lasers: dict[int, tuple[CompressedReturn, CompressedReturn]]  # by LiDAR: first and second return; empty messages left out
+    lasers: Mapping[int, tuple[LaserReturn, LaserReturn]]  # by LiDAR: first and second return; empty messages left out
     labels: LaserLabels
     zones: tuple[NoLabelZone, ...]
 
@@ -276,8 +304,15 @@ def _calibration(reader: Reader, field: Field) -> LaserCalibration:
 
 def _transform(reader: Reader, field: Field, what: str) -> Pose:
     pieces = [reader.doubles(inner) for inner in reader.message(field) if inner.number == 1]
-    values = np.concatenate([np.zeros(0), *pieces])
-    place = f"{reader.where}: the {what} at byte {field.start}"
+    return pose_of_numbers(np.concatenate([np.zeros(0), *pieces]), f"{reader.where}: the {what} at byte {field.start}")
+
+
+def pose_of_numbers(values: NDArray[np.float64], place: str) -> Pose:
+    """A pose from the numbers of a 4 x 4 matrix, row by row.
+
+    Raises:
+        DataError: (naming `place`) if they are not 16, or no rotation and translation.
+    """
     if values.size != 16:
         raise DataError(f"{place} has {values.size} numbers, expected the 16 of a 4 x 4 matrix.")
     matrix = values.reshape(4, 4)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from picture3d.formats.protobuf_wire import pack_varints, write_data, write_double, write_integer
 from picture3d.structures.poses import Pose
 from picture3d.synthetic.waymo_drive import LaserImages, WaymoFrame
-from picture3d.synthetic.waymo_lidar import LASERS, Laser, Returns
+from picture3d.synthetic.waymo_lidar import LASERS, Laser
 
 # Frames of 10 MB are mostly noise in the last bits: more effort saves little.
 _ZLIB_LEVEL = 1
@@ -67,23 +67,50 @@ def _laser(images: LaserImages) -> bytes:
 
 
 def _range_image(images: LaserImages, which: int) -> bytes:
-    laser, returns = images.laser, images.returns[which]
-    shape = (laser.height, laser.width)
-    values = np.full((*shape, 4), _EMPTY, np.float32)
-    flags = np.where(images.in_zone[which], _IN_ZONE, _NOT_IN_ZONE)
-    values.reshape(-1, 4)[returns.pixel] = np.stack([returns.range_m, returns.intensity, returns.elongation, flags], 1)
-    out = [write_data(2, _floats(values)), write_data(3, _unseen_by_cameras(*shape))]
-    if images.column_pose is not None and which == 0:
-        out.append(write_data(4, _floats(np.broadcast_to(images.column_pose, (*shape, 6)))))
-    if images.classes is not None:
-        out.append(write_data(6, _segmentation(shape, returns, images.classes[which])))
+    poses, classes = pixel_poses(images), pixel_classes(images, which)
+    out = [write_data(2, _floats(range_image(images, which)))]
+    out.append(write_data(3, _unseen_by_cameras(images.laser.height, images.laser.width)))
+    if poses is not None and which == 0:
+        out.append(write_data(4, _floats(poses)))
+    if classes is not None:
+        out.append(write_data(6, _integers(classes)))
     return b"".join(out)
 
 
-def _segmentation(shape: tuple[int, int], returns: Returns, classes: NDArray[np.uint8]) -> bytes:
-    values = np.zeros((*shape, 2), np.int32)
-    values.reshape(-1, 2)[returns.pixel] = np.stack([returns.instance.astype(np.int32), classes.astype(np.int32)], 1)
-    return _integers(values)
+def range_image(images: LaserImages, which: int) -> NDArray[np.float32]:
+    """(H, W, 4) range, intensity, elongation, no-label zone of the first (0) or second (1) return."""
+    returns = images.returns[which]
+    values = np.full((images.laser.height, images.laser.width, 4), _EMPTY, np.float32)
+    flags = np.where(images.in_zone[which], _IN_ZONE, _NOT_IN_ZONE)
+    values.reshape(-1, 4)[returns.pixel] = np.stack([returns.range_m, returns.intensity, returns.elongation, flags], 1)
+    return values
+
+
+def pixel_poses(images: LaserImages) -> NDArray[np.float32] | None:
+    """(H, W, 6) roll, pitch, yaw, x, y, z of the vehicle at each pixel; None where one pose serves for all."""
+    if images.column_pose is None:
+        return None
+    return np.broadcast_to(images.column_pose, (images.laser.height, images.laser.width, 6))
+
+
+def pixel_classes(images: LaserImages, which: int) -> NDArray[np.int32] | None:
+    """(H, W, 2) instance and class of each pixel of a return; None where the frame is not labelled."""
+    if images.classes is None:
+        return None
+    returns = images.returns[which]
+    values = np.zeros((images.laser.height, images.laser.width, 2), np.int32)
+    values.reshape(-1, 2)[returns.pixel] = np.stack([returns.instance, images.classes[which]], 1)
+    return values
+
+
+def difficulty(num_points: NDArray[np.int32]) -> NDArray[np.int8]:
+    """(B,) 2 for objects of few points, as labels have it; 0 = not set."""
+    return np.where(num_points <= _HARD_POINTS, _LEVEL_2, 0).astype(np.int8)
+
+
+def heading(yaw: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Between -pi and pi, the upper end left out."""
+    return (yaw + np.pi) % (2 * np.pi) - np.pi
 
 
 @lru_cache(maxsize=4)
@@ -107,18 +134,17 @@ def _shape(dims: tuple[int, ...]) -> bytes:
 def _label(frame: WaymoFrame, row: int) -> bytes:
     boxes = frame.boxes
     (x, y, z), (length, width, height) = boxes.center[row], boxes.size[row]
-    # Between -pi and pi, the upper end left out.
-    heading = (boxes.yaw[row] + np.pi) % (2 * np.pi) - np.pi
-    box = [(1, x), (2, y), (3, z), (4, width), (5, length), (6, height), (7, heading)]
+    turned = heading(boxes.yaw[row : row + 1])[0]
+    box = [(1, x), (2, y), (3, z), (4, width), (5, length), (6, height), (7, turned)]
     motion = [*frame.global_velocity[row], *frame.global_acceleration[row]]
-    points = int(boxes.num_points[row])
+    points, hard = int(boxes.num_points[row]), int(difficulty(boxes.num_points[row : row + 1])[0])
     out = [
         write_data(1, b"".join(write_double(number, float(value)) for number, value in box)),
         write_data(2, b"".join(write_double(number, float(value)) for number, value in enumerate(motion, 1))),
         write_integer(3, int(frame.box_type[row])),
         write_data(4, boxes.track_id[row].encode()),
     ]
-    if points <= _HARD_POINTS:
-        out += [write_integer(5, _LEVEL_2), write_integer(6, _LEVEL_2)]
+    if hard:
+        out += [write_integer(5, hard), write_integer(6, hard)]
     out += [write_integer(7, points), write_integer(13, int(frame.num_top_points[row]))]
     return b"".join(out)

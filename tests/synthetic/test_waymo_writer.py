@@ -132,7 +132,7 @@ def test_the_command_writes_the_same_files_and_refuses_what_belongs_to_nuscenes(
     for extra in ({"sweeps_per_keyframe": 3, "version": None}, {"sweeps_per_keyframe": None, "version": "v1.0-mini"}):
         with pytest.raises(ConfigError, match="belong to nuScenes"):
             synth(tmp_path / "other", **words, **extra, layout="waymo")
-    with pytest.raises(ConfigError, match="nuscenes or waymo"):
+    with pytest.raises(ConfigError, match="nuscenes, waymo or waymo-v2"):
         synth(tmp_path / "other", **words, sweeps_per_keyframe=None, version=None, layout="kitti")
 
 
