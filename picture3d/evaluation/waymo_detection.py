@@ -332,17 +332,25 @@ def _matches(pairs: _Pairs, rows: Int64Array, active: Int64Array) -> Iterator[tu
 
 def _solve(pairs: _Pairs, members: Int64Array, active: Int64Array) -> Iterator[tuple[int, int, int]]:
     """Spans of one group: the best sum of IoUs among the predictions that take part, for each set of these that occurs."""
-    last = active[pairs.prediction[members]]
+    lines: dict[int, int] = {}  # groups are small: this is quicker than arrays
+    columns: dict[int, int] = {}
+    prediction, label = pairs.prediction[members], pairs.label[members]
+    line = [lines.setdefault(value, len(lines)) for value in prediction.tolist()]
+    column = [columns.setdefault(value, len(columns)) for value in label.tolist()]
+    weight = np.zeros((len(lines), len(columns)), np.int64)
+    row_of = np.full(weight.shape, -1, np.int64)
+    weight[line, column], row_of[line, column] = pairs.weight[members], members
+    last = active[list(lines)]
     begin = 0
-    for end in np.unique(last[last > 0]).tolist():
-        present = members[last >= end]
-        labels, column = np.unique(pairs.label[present], return_inverse=True)
-        predictions, line = np.unique(pairs.prediction[present], return_inverse=True)
-        weight = np.zeros((len(predictions), len(labels)), np.int64)
-        row_of = np.full(weight.shape, -1, np.int64)
-        weight[line, column], row_of[line, column] = pairs.weight[present], present
-        chosen = row_of[linear_sum_assignment(weight, maximize=True)]
-        yield from ((int(row), begin, end) for row in chosen[chosen >= 0])
+    for end in sorted(set(last[last > 0].tolist())):
+        present = np.flatnonzero(last >= end)
+        if len(columns) == 1:  # the best of them has the label
+            best = present[weight[present, 0].argmax()]
+            chosen = row_of[best]
+        else:
+            found = linear_sum_assignment(weight[present], maximize=True)
+            chosen = row_of[present[found[0]], found[1]]
+        yield from ((row, begin, end) for row in chosen.tolist() if row >= 0)
         begin = end
 
 
