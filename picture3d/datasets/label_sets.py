@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from picture3d.config import nearest
 from picture3d.errors import DataError
-from picture3d.formats.lidarseg_categories import LIDARSEG_CATEGORIES
+from picture3d.formats.lidarseg_categories import LIDARSEG_CATEGORIES, LIDARSEG_CLASSES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,17 +66,11 @@ _NUSCENES_TRAIN_NAMES = (
     "vegetation",
 )
 
-# Raw lidarseg id -> one of the 16 classes of the nuScenes lidarseg challenge; everything else is ignored.
-_NUSCENES_RAW_TO_TRAIN = {
-    9: 1, 14: 2, 15: 3, 16: 3, 17: 4, 18: 5, 21: 6, 2: 7, 3: 7, 4: 7, 6: 7, 12: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
-    27: 14, 28: 15, 30: 16,
-}  # fmt: skip
-
 
 @cache
 def _nuscenes_32() -> LabelSet:
     table = np.zeros(256, np.uint8)
-    for raw, train in _NUSCENES_RAW_TO_TRAIN.items():
+    for raw, train in LIDARSEG_CLASSES.items():
         table[raw] = train
     return LabelSet("nuscenes-32", LIDARSEG_CATEGORIES, _NUSCENES_TRAIN_NAMES, _frozen(table))
 

@@ -280,6 +280,16 @@ class LogReader:
         """Whether a frame has a label for each of its points, from the index alone."""
         return self._entries[index].labelled
 
+    def token(self, index: int) -> str:
+        """The dataset's own name of a frame, from its record alone.
+
+        Raises:
+            DataError: as :meth:`frame`.
+        """
+        entry, place = self._entry(index)
+        record, _ = self._record(entry, place)
+        return str(record.get("token", ""))
+
     def num_points(self, index: int) -> int:
         """Points of a frame, from the index alone."""
         return self._entries[index].points

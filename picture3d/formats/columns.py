@@ -75,8 +75,8 @@ RAW = Codec(CodecKind.RAW)
 PLANES = Codec(CodecKind.PLANES)
 
 
-def encode(column: NDArray[np.generic], codec: Codec) -> bytes:
-    """The bytes of `column` (any shape with rows first) under `codec`.
+def encode(column: NDArray[np.generic], codec: Codec, *, level: int = _ZLIB_LEVEL) -> bytes:
+    """The bytes of `column` (any shape with rows first) under `codec`; zlib works harder at a higher `level`.
 
     Raises:
         DataError: for a dtype that is not stored, or values that `zlib-grid` cannot hold (not float32, NaN, too far away).
@@ -88,9 +88,9 @@ def encode(column: NDArray[np.generic], codec: Codec) -> bytes:
         case CodecKind.RAW:
             return column.tobytes()
         case CodecKind.PLANES:
-            return zlib.compress(_to_planes(column), _ZLIB_LEVEL)
+            return zlib.compress(_to_planes(column), level)
         case CodecKind.GRID:
-            return zlib.compress(_to_planes(_to_grid_steps(column, codec.step)), _ZLIB_LEVEL)
+            return zlib.compress(_to_planes(_to_grid_steps(column, codec.step)), level)
 
 
 def decode(data: bytes, codec: Codec, dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.errors import DataError
-from picture3d.files import read_bounded
+from picture3d.files import read_bounded, whole_file
 
 GRID_SHAPE = (512, 512, 40)  # voxels along x, y, z
 GRID_ORIGIN = (-51.2, -51.2, -5.0)  # metres, the lowest corner
@@ -88,6 +88,18 @@ def read_openoccupancy(path: Path) -> OccupiedVoxels:
     voxel, first = np.unique(voxel[order], return_index=True)
     index = np.stack(np.unravel_index(voxel, GRID_SHAPE), axis=1)
     return OccupiedVoxels(index.astype(np.int16), label[order][first].astype(np.uint8))
+
+
+def write_openoccupancy(path: Path, voxels: OccupiedVoxels) -> None:
+    """Writes a file as the dataset has them: int32 rows (z, y, x, class), `IGNORED` as noise (0); whole or not at all.
+
+    Raises:
+        DataError: if it cannot be written.
+    """
+    label = np.where(voxels.label == IGNORED, NOISE, voxels.label)
+    rows = np.concatenate([voxels.index[:, ::-1], label[:, None]], axis=1, dtype=np.int32)
+    with whole_file(path) as file:
+        np.lib.format.write_array(file, rows, allow_pickle=False)
 
 
 def _refuse_absurd_header(data: io.BytesIO) -> None:
