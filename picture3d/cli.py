@@ -65,6 +65,7 @@ def synth(
     layout: Annotated[
         str, typer.Option("--format", help="Raw format: nuscenes, waymo (v1.x tfrecords), waymo-v2 (Parquet).")
     ] = "nuscenes",
+    occupancy: Annotated[bool, typer.Option("--occupancy", help="nuScenes: label the occupied space, too.")] = False,
 ) -> None:
     """Write a raw dataset of a procedural town: nuScenes v1.0 seen by 32 beams, or Waymo seen by five LiDARs."""
     from picture3d.commands.data import synth as command
@@ -80,6 +81,7 @@ def synth(
             version=version,
             processes=processes,
             layout=layout,
+            occupancy=occupancy,
         )
     )
 
@@ -185,6 +187,23 @@ def prepare_waymo(
     from picture3d.commands.prepare import prepare_waymo as command
 
     text, whole = command(raw, out, sweeps=sweeps, xyz_step=xyz_step, processes=processes)
+    _show(text)
+    if not whole:
+        raise typer.Exit(1)
+
+
+@prepare_app.command("occupancy")
+def prepare_occupancy(
+    labels: Annotated[Path, typer.Argument(help="nuScenes-Occupancy-v0.1, with scene_<token>/occupancy/*.npy.")],
+    prepared: Annotated[Path, typer.Argument(help="Frames that `prepare nuscenes` made; labels are stored beside them.")],
+) -> None:
+    """Attach nuScenes-Occupancy (OpenOccupancy) labels to prepared nuScenes keyframes.
+
+    Exit status 1 if a damaged label file set a log aside; the others are attached.
+    """
+    from picture3d.commands.prepare import prepare_occupancy as command
+
+    text, whole = command(labels, prepared)
     _show(text)
     if not whole:
         raise typer.Exit(1)

@@ -15,7 +15,7 @@ COMMANDS = [
     ["finetune", "segmentation"], ["finetune", "detection"], ["evaluate"], ["probe"], ["report"], ["recipes"],
     ["tensorboard"], ["demo"],
     ["check"], ["data"], ["data", "info"], ["data", "objects"], ["doctor"], ["prepare", "semantickitti"], ["prepare", "waymo"],
-    ["prepare", "argoverse2"], ["prepare", "once"],
+    ["prepare", "argoverse2"], ["prepare", "once"], ["prepare", "occupancy"],
     ["weights"], ["weights", "show"], ["weights", "import"], ["weights", "export"],
     ["predict"], ["score"], ["score", "nuscenes-detection"], ["score", "waymo-detection"],
 ]  # fmt: skip

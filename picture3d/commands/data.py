@@ -21,18 +21,19 @@ def synth(
     version: str | None,
     processes: int,
     layout: str = "nuscenes",
+    occupancy: bool = False,
 ) -> str:
-    """Writes the town as raw nuScenes or Waymo; returns what to tell the user.
+    """Writes the town as raw nuScenes (with labels of the occupied space, if asked) or Waymo; returns what to tell the user.
 
     Raises:
         ConfigError: for an unknown `layout`, or options that only nuScenes has.
         DataError: if the folder cannot be written.
     """
     if layout in ("waymo", "waymo-v2"):
-        if sweeps_per_keyframe is not None or version is not None:
+        if sweeps_per_keyframe is not None or version is not None or occupancy:
             raise ConfigError(
-                "--sweeps-per-keyframe and --version belong to nuScenes; every frame of --format waymo is annotated. "
-                "Leave them out."
+                "--sweeps-per-keyframe, --version and --occupancy belong to nuScenes; every frame of --format waymo is "
+                "annotated. Leave them out."
             )
         second = layout == "waymo-v2"
         return _synth_waymo(out, second, scenes=scenes, frames=keyframes, val_scenes=val_scenes, seed=seed, processes=processes)
@@ -53,8 +54,15 @@ def synth(
             processes=processes,
             progress=progress,
         )
+    if occupancy:
+        from picture3d.synthetic.occupancy import write_occupancy
+
+        with sole_writer(out), Progress("occupancy", unit="keyframes") as progress:
+            write_occupancy(out, processes=processes, progress=progress)
+    then = f", then picture3d prepare occupancy {out} OUT" if occupancy else ""
     return (
-        f"{out}: raw nuScenes {version}, {scenes} scenes of {keyframes} keyframes. Next: picture3d prepare nuscenes {out} OUT"
+        f"{out}: raw nuScenes {version}, {scenes} scenes of {keyframes} keyframes. "
+        f"Next: picture3d prepare nuscenes {out} OUT{then}"
     )
 
 

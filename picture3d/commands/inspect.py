@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 from picture3d.datasets.check import CheckReport, check_prepared
+from picture3d.datasets.check_occupancy import with_occupancy
 from picture3d.datasets.check_raw import check_raw_nuscenes, is_raw_nuscenes
 from picture3d.datasets.check_waymo import check_raw_waymo, is_raw_waymo
 from picture3d.datasets.object_database import databases_of
+from picture3d.datasets.occupancy_store import OccupancyStore, has_occupancy
 from picture3d.datasets.prepared import FrameKey, PreparedDataset, log_path
 from picture3d.errors import DataError
 from picture3d.files import whole_file
@@ -24,7 +26,7 @@ def check(folder: Path, *, as_json: bool) -> tuple[str, bool]:
     """
     with Progress("check", unit="frames") as progress:
         if (folder / "dataset.json").exists():
-            report = check_prepared(folder, progress=progress)
+            report = with_occupancy(check_prepared(folder, progress=progress))
         elif is_raw_nuscenes(folder):
             report = check_raw_nuscenes(folder, progress=progress)
         elif is_raw_waymo(folder):
@@ -62,6 +64,7 @@ def data_info(folder: Path, *, as_json: bool, picture: Path | None, frame: int) 
         "bytes": sum(log_path(folder, log).stat().st_size for log in logs),
         "targets": stores,
         "objects": databases_of(folder),
+        "occupancy": _occupancy(folder),
     }
     if picture is not None:
         keys = dataset.keyframes()
@@ -69,6 +72,14 @@ def data_info(folder: Path, *, as_json: bool, picture: Path | None, frame: int) 
             raise DataError(f"{folder}: there is no keyframe {frame}; it has {len(keys)}")
         info["picture"] = str(_draw(dataset, keys[frame], picture))
     return json.dumps(info) if as_json else _info_text(info)
+
+
+def _occupancy(folder: Path) -> dict[str, int] | None:
+    """What is attached, or None."""
+    if not has_occupancy(folder):
+        return None
+    logs = OccupancyStore(folder).logs.values()
+    return {name: sum(getattr(entry, name) for entry in logs) for name in ("labelled", "voxels", "bytes")}
 
 
 def _draw(dataset: PreparedDataset, key: FrameKey, out: Path) -> Path:

@@ -57,3 +57,28 @@ def prepare_waymo(raw: Path, out: Path, *, sweeps: int, xyz_step: float, process
     with sole_writer(out), Progress("prepare", unit="frames") as progress:
         summary = prepare(raw, out, sweeps=sweeps, xyz_codec=codec, processes=processes, progress=progress)
     return "\n".join([*summary.set_aside, prepared_line(summary)]), not summary.set_aside
+
+
+def prepare_occupancy(labels: Path, prepared: Path) -> tuple[str, bool]:
+    """Attaches nuScenes-Occupancy labels; returns what to tell the user, and whether every label file could be read.
+
+    Raises:
+        DataError: if they do not belong to these frames.
+    """
+    from picture3d.datasets.occupancy_store import occupancy_folder
+    from picture3d.datasets.openoccupancy import attach_occupancy
+    from picture3d.datasets.prepared import PreparedDataset
+
+    dataset = PreparedDataset(prepared)
+    with sole_writer(occupancy_folder(prepared)), Progress("prepare", unit="keyframes") as progress:
+        done = attach_occupancy(labels, dataset, progress=progress)
+    parts = [
+        f"{done.folder}: {done.logs} logs ({done.logs_made} made now)",
+        f"{done.labelled} of {done.keyframes} keyframes labelled, {done.voxels:,} occupied voxels",
+        f"{done.bytes / 1e6:.1f} MB (the label files: {done.label_bytes / 1e6:.1f} MB)",
+    ]
+    if done.labelled < done.keyframes:
+        parts.append(f"{done.keyframes - done.labelled} keyframes have no label file")
+    if done.other_files:
+        parts.append(f"{done.other_files} label files of these scenes belong to no prepared keyframe")
+    return "\n".join([*done.set_aside, "; ".join(parts)]), not done.set_aside

@@ -114,6 +114,12 @@ class OccupancyStore:
         file = self._file(log)
         return () if file is None else tuple(file.blocks)
 
+    def token(self, log: str, frame: int) -> str | None:
+        """The sweep that the labels of a frame were made for; None where it has none. Errors as :meth:`labelled`."""
+        file = self._file(log)
+        block = None if file is None else file.blocks.get(frame)
+        return None if block is None or not block.about else str(block.about[0])
+
     def read(self, log: str, frame: int, token: str) -> Occupancy | None:
         """The labels of a frame, by its place in the log and its token; None where it has none.
 
