@@ -223,7 +223,7 @@ def doctor(
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="Prepared frames, or the root of raw nuScenes or Waymo.")],
+    folder: Annotated[Path, typer.Argument(help="Prepared frames, or the root of raw nuScenes, Waymo, ONCE or Argoverse 2.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """Look for trouble before a long run: missing, cut or damaged files, NaN, impossible boxes, jumps in time and place.

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 from picture3d.datasets.check import CheckReport, check_prepared
+from picture3d.datasets.check_argoverse2 import check_raw_argoverse2, is_raw_argoverse2
 from picture3d.datasets.check_occupancy import with_occupancy
+from picture3d.datasets.check_once import check_raw_once, is_raw_once
 from picture3d.datasets.check_raw import check_raw_nuscenes, is_raw_nuscenes
-from picture3d.datasets.check_waymo import check_raw_waymo, is_raw_waymo
+from picture3d.datasets.check_waymo import check_raw_waymo, check_raw_waymo_v2, is_raw_waymo
 from picture3d.datasets.object_database import databases_of
 from picture3d.datasets.occupancy_store import OccupancyStore, has_occupancy
 from picture3d.datasets.prepared import FrameKey, PreparedDataset, log_path
+from picture3d.datasets.waymo_v2 import is_waymo_v2
 from picture3d.errors import DataError
 from picture3d.files import whole_file
 from picture3d.structures.frame import Frame
@@ -31,11 +34,17 @@ def check(folder: Path, *, as_json: bool) -> tuple[str, bool]:
             report = check_raw_nuscenes(folder, progress=progress)
         elif is_raw_waymo(folder):
             report = check_raw_waymo(folder, progress=progress)
+        elif is_waymo_v2(folder):
+            report = check_raw_waymo_v2(folder, progress=progress)
+        elif is_raw_once(folder):
+            report = check_raw_once(folder, progress=progress)
+        elif is_raw_argoverse2(folder):
+            report = check_raw_argoverse2(folder, progress=progress)
         else:
             raise DataError(
                 f"{folder}: neither prepared frames (no dataset.json) nor raw nuScenes (no v1.0-*/scene.json) nor raw Waymo "
-                "(no tfrecord in training/, validation/ or testing/). "
-                "Name the folder that holds one of these."
+                "(no tfrecord or lidar/*.parquet in training/, validation/ or testing/) nor ONCE (no data/<sequence>/) nor "
+                "Argoverse 2 (no log with sensors/lidar/). Name the folder that holds one of these."
             )
     return (json.dumps(report.to_json()) if as_json else _check_text(report)), report.sound
 

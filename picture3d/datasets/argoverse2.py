@@ -40,6 +40,7 @@ CATEGORIES = (
     "WHEELED_RIDER",
 )  # fmt: skip
 UP_LIDAR, DOWN_LIDAR = 1, 2  # the values of `PointCloud.sensor`
+_TABLES = ("city_SE3_egovehicle.feather", "annotations.feather")  # the test split has no annotations
 _PREPARER = "argoverse2/1"  # raise when the same raw data would give other prepared frames
 _LASERS_UP = 32  # lasers below this number sit in the upper LiDAR: seen from there each keeps one elevation angle
 _MAX_GAP_S = 1.5  # a velocity over a longer gap is unknown; twice as much for a central difference
@@ -85,6 +86,55 @@ class Annotations:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ArgoverseLog:
+    """A log whose tables have been read; its sweeps are read one by one."""
+
+    name: str
+    files: tuple[Path, ...]  # of the sweeps, in order of time
+    missing: tuple[Path, ...]  # sweeps that are annotated and not on disk
+    poses: dict[int, Pose]  # city_from_ego by time in nanoseconds; of every sweep
+    annotations: Annotations | None  # None in the test split
+
+    def frame(self, index: int, sweeps: int = 0) -> tuple[Frame, int]:
+        """A sweep, linked to the `sweeps` before it, and the number of points it lost because they were not finite.
+
+        Raises:
+            DataError: as :func:`read_sweep`.
+        """
+        path = self.files[index]
+        points = read_sweep(path)
+        finite, lost = finite_points(points)
+        time = int(path.stem)
+        frame = Frame(
+            log=self.name,
+            index=index,
+            token=path.stem,
+            timestamp_us=time // 1000,
+            points=points.select(finite) if lost else points,
+            global_from_ego=self.poses[time],
+            ego_from_lidar=Pose.identity(),
+            boxes=None if self.annotations is None else self.annotations.boxes(time),
+            previous=previous_sweeps(index, sweeps),
+        )
+        return frame, lost
+
+
+def open_argoverse2(folder: Path) -> ArgoverseLog:
+    """The tables of a log, checked, and the names of its sweeps.
+
+    Raises:
+        ConfigError: if pyarrow is not installed.
+        DataError: if a table is missing or damaged, or there is no sweep, or no pose at the time of one.
+    """
+    files, missing = _sweeps(folder)
+    tables = [folder / name for name in _TABLES]
+    poses = read_city_poses(tables[0])
+    _refuse_no_pose(files, poses, tables[0])
+    annotations = read_annotations(tables[1], poses) if tables[1].exists() else None
+    return ArgoverseLog(folder.resolve().name, tuple(files), tuple(missing), poses, annotations)
+
+
 def prepare_argoverse2(
     raw: Path,
     out: Path,
@@ -120,7 +170,7 @@ def prepare_argoverse2(
     plans: list[LogPlan] = []
     missing: list[Path] = []
     splits: dict[str, list[str]] = {}
-    for split, folders in _logs(raw).items():
+    for split, folders in argoverse2_logs(raw).items():
         for folder in folders:
             plan, absent = _plan(folder, name, settings)
             plans.append(plan)
@@ -240,8 +290,12 @@ def _velocities(rows: dict[str, NDArray[Any]], position: NDArray[np.float64], pa
     return out
 
 
-def _logs(raw: Path) -> dict[str, list[Path]]:
-    """Split -> folders of its logs."""
+def argoverse2_logs(raw: Path) -> dict[str, list[Path]]:
+    """Split -> folders of its logs, for the folders that :func:`prepare_argoverse2` takes.
+
+    Raises:
+        DataError: if there is no log.
+    """
     if _is_log(raw):
         return {_split_of(raw.resolve().parent.name): [raw]}
     for root in (raw, raw / "sensor"):
@@ -266,8 +320,8 @@ def _is_log(folder: Path) -> bool:
     return (folder / "sensors" / "lidar").is_dir()
 
 
-def _plan(folder: Path, dataset: str, settings: dict[str, Any]) -> tuple[LogPlan, list[Path]]:
-    """What a log will hold, and the sweeps that are annotated and not on disk."""
+def _sweeps(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The sweeps of a log in order of time, and those that are annotated and not on disk."""
     lidar = folder / "sensors" / "lidar"
     files: dict[int, Path] = {}
     for path in lidar.glob("*.feather"):
@@ -280,44 +334,33 @@ def _plan(folder: Path, dataset: str, settings: dict[str, Any]) -> tuple[LogPlan
     if times[-1] >= 1 << 63:
         raise DataError(f"{files[times[-1]]}: {times[-1]} is no time in nanoseconds.")
     check_clock([time // 1000 for time in times], lidar)
-    tables = [folder / "city_SE3_egovehicle.feather", folder / "annotations.feather"]
-    poses = read_city_poses(tables[0])
-    without = [files[time] for time in times if time not in poses]
+    table = folder / _TABLES[1]
+    annotated = np.unique(read_feather(table, {"timestamp_ns": "i"})["timestamp_ns"]).tolist() if table.exists() else []
+    return [files[time] for time in times], [lidar / f"{time}.feather" for time in annotated if time not in files]
+
+
+def _refuse_no_pose(files: Sequence[Path], poses: dict[int, Pose], table: Path) -> None:
+    without = [path for path in files if int(path.stem) not in poses]
     if without:
-        raise DataError(f"{tables[0]}: no pose at the time of {without[0].name} ({len(without)} such sweeps).")
-    missing: list[Path] = []
-    annotated = tables[1].exists()  # the test split has none
-    if annotated:
-        at = np.unique(read_feather(tables[1], {"timestamp_ns": "i"})["timestamp_ns"]).tolist()
-        missing = [lidar / f"{time}.feather" for time in at if time not in files]
-    sizes = [[path.name, path.stat().st_size] for path in [files[time] for time in times]]
+        raise DataError(f"{table}: no pose at the time of {without[0].name} ({len(without)} such sweeps).")
+
+
+def _plan(folder: Path, dataset: str, settings: dict[str, Any]) -> tuple[LogPlan, list[Path]]:
+    """What a log will hold, and the sweeps that are annotated and not on disk."""
+    files, missing = _sweeps(folder)
+    tables = [folder / name for name in _TABLES]
+    _refuse_no_pose(files, read_city_poses(tables[0]), tables[0])
+    sizes = [[path.name, path.stat().st_size] for path in files]
     # Tables are read in full for the checksum: an edited box seldom changes the size of its file.
     contents = [checksum_file(path) for path in tables if path.exists()]
     header = LogHeader(folder.resolve().name, dataset, None, {**settings, "raw_crc32c": checksum([*sizes, contents])})
-    frames = [files[time] for time in times]
-    return LogPlan(header, len(times), lambda: _frames(header.log, folder, frames, settings["sweeps"])), missing
+    return LogPlan(header, len(files), lambda: _frames(folder, settings["sweeps"])), missing
 
 
-def _frames(log: str, folder: Path, files: Sequence[Path], sweeps: int) -> Iterator[tuple[Frame, int]]:
-    poses = read_city_poses(folder / "city_SE3_egovehicle.feather")
-    table = folder / "annotations.feather"
-    annotations = read_annotations(table, poses) if table.exists() else None
-    for index, path in enumerate(files):
-        points = read_sweep(path)
-        finite, lost = finite_points(points)
-        time = int(path.stem)
-        frame = Frame(
-            log=log,
-            index=index,
-            token=path.stem,
-            timestamp_us=time // 1000,
-            points=points.select(finite) if lost else points,
-            global_from_ego=poses[time],
-            ego_from_lidar=Pose.identity(),
-            boxes=None if annotations is None else annotations.boxes(time),
-            previous=previous_sweeps(index, sweeps),
-        )
-        yield frame, lost
+def _frames(folder: Path, sweeps: int) -> Iterator[tuple[Frame, int]]:
+    log = open_argoverse2(folder)
+    for index in range(len(log.files)):
+        yield log.frame(index, sweeps)
 
 
 def _yaw(rows: dict[str, NDArray[Any]]) -> NDArray[np.float64]:

@@ -1,15 +1,20 @@
-"""Are raw Waymo v1 tfrecords whole? Every byte is read against its checksum, every range image is turned into points."""
+"""Is raw Waymo data whole? Every range image is turned into points, of v1 after every byte met its checksum."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from picture3d.datasets.check import CheckReport, Finding, LogFindings, ProgressCallback, Tally
+from picture3d.datasets.check import CheckReport, Finding, ProgressCallback, Tally
+from picture3d.datasets.check_frames import ReadFrame, look_through
 from picture3d.datasets.label_sets import WAYMO
 from picture3d.datasets.waymo import SPLIT_FOLDERS, frame_of_waymo, segment_files, segment_name
-from picture3d.errors import DataError
+from picture3d.datasets.waymo_v2 import segments_of
 from picture3d.formats.tfrecord import read_records
 from picture3d.formats.waymo_frame import read_frame
+from picture3d.formats.waymo_v2 import BOX, REQUIRED, component_file, read_segment
+from picture3d.structures.frame import Frame
 
 
 def is_raw_waymo(folder: Path) -> bool:
@@ -18,7 +23,7 @@ def is_raw_waymo(folder: Path) -> bool:
 
 
 def check_raw_waymo(raw: Path, *, progress: ProgressCallback | None = None) -> CheckReport:
-    """Reads every segment whole, one frame in memory at a time; the kinds of trouble are those of ``check.py``.
+    """Reads every segment of v1 whole, one frame in memory at a time; the kinds of trouble are those of ``check.py``.
 
     Damage inside of a frame is noted and the next frame is looked at; behind a damaged record nothing of a file can be read.
     A segment that is in two splits is an error too.
@@ -33,31 +38,57 @@ def check_raw_waymo(raw: Path, *, progress: ProgressCallback | None = None) -> C
     home: dict[str, Path] = {}
     for done, (path, folder) in enumerate(segments, start=1):
         log = segment_name(path)
-        if log in home:
-            findings.append(Finding("error", "split-overlap", log, f"is in {home[log]} and in {path}"))
-        home[log] = path
-        findings += _segment(path, log, tally, annotated=SPLIT_FOLDERS[folder] != "test")
-        tally.counts["logs"] += 1
+        findings += _twice(log, path, home)
+        findings += look_through(log, _records(path, log, annotated=SPLIT_FOLDERS[folder] != "test"), tally, WAYMO)
         if progress is not None:
             progress(done, len(segments))
     return tally.report(raw, findings)
 
 
-def _segment(path: Path, log: str, tally: Tally, *, annotated: bool) -> list[Finding]:
-    found = LogFindings(log)
-    try:
-        for index, (offset, payload) in enumerate(read_records(path)):
-            where = f"{path}, record {index} at byte {offset}"
-            tally.counts["keyframes"] += 1
-            try:
-                frame, lost = frame_of_waymo(read_frame(payload, where), log, index, where, annotated=annotated)
-            except DataError as error:
-                found.add("error", "damaged", str(error))
-                continue
-            if lost:
-                found.add("warning", "not-finite", f"{where}: {lost} points are not finite and will be left out", lost)
-            found.look_at(frame, WAYMO)
-            tally.add(frame, WAYMO)
-    except DataError as error:
-        found.add("error", "damaged", str(error))
-    return found.finish()
+def check_raw_waymo_v2(raw: Path, *, progress: ProgressCallback | None = None) -> CheckReport:
+    """Reads every segment of v2 whole, one frame in memory at a time, and names the components that a segment lacks.
+
+    Args:
+        raw: the folder that holds ``training/``, ``validation/`` or ``testing/`` with their components.
+        progress: called with (segments read, segments in all).
+
+    Raises:
+        ConfigError: if pyarrow is not installed.
+    """
+    segments = [(segment, folder) for folder in SPLIT_FOLDERS for segment in segments_of(raw / folder)]
+    tally = Tally()
+    findings: list[Finding] = []
+    home: dict[str, Path] = {}
+    for done, (log, folder) in enumerate(segments, start=1):
+        findings += _twice(log, raw / folder, home)
+        needed = (*REQUIRED, BOX) if (raw / folder / BOX).is_dir() else REQUIRED
+        absent = [name for name in needed if not component_file(raw / folder, name, log).is_file()]
+        if absent:
+            findings.append(Finding("error", "missing", log, f"{raw / folder}: lacks {', '.join(absent)}", len(absent)))
+            tally.counts["logs"] += 1
+        else:
+            annotated = BOX in needed and SPLIT_FOLDERS[folder] != "test"
+            findings += look_through(log, _rows(raw / folder, log, annotated=annotated), tally, WAYMO)
+        if progress is not None:
+            progress(done, len(segments))
+    return tally.report(raw, findings)
+
+
+def _twice(log: str, place: Path, home: dict[str, Path]) -> list[Finding]:
+    before = home.setdefault(log, place)
+    return [] if before is place else [Finding("error", "split-overlap", log, f"is in {before} and in {place}")]
+
+
+def _records(path: Path, log: str, *, annotated: bool) -> Iterator[tuple[str, ReadFrame]]:
+    def read(payload: memoryview | bytes, index: int, where: str) -> tuple[Frame, int]:
+        return frame_of_waymo(read_frame(payload, where), log, index, where, annotated=annotated)
+
+    for index, (offset, payload) in enumerate(read_records(path)):
+        where = f"{path}, record {index} at byte {offset}"
+        yield where, partial(read, payload, index, where)
+
+
+def _rows(folder: Path, log: str, *, annotated: bool) -> Iterator[tuple[str, ReadFrame]]:
+    for index, frame in enumerate(read_segment(folder, log)):
+        where = f"{folder}, segment {log}, time {frame.timestamp_us} us"
+        yield where, partial(frame_of_waymo, frame, log, index, where, annotated=annotated)

@@ -83,7 +83,7 @@ class _Source:
         return self.folder / f"{self.folder.name}.json"
 
     def sweep(self, frame: OnceFrame) -> Path:
-        return _sweep(self.folder, frame)
+        return sweep_file(self.folder, frame)
 
     def frames(self) -> list[OnceFrame]:
         """Those whose sweep is there."""
@@ -238,12 +238,13 @@ def _source(folder: Path) -> tuple[_Source | None, list[Path]]:
     if not info.is_file():
         return None, [info]  # LiDAR and annotations come in different archives
     frames = read_once_sequence(info)
-    present = tuple(_sweep(folder, frame).is_file() for frame in frames)
-    absent = [_sweep(folder, frame) for frame, there in zip(frames, present, strict=True) if not there]
+    present = tuple(sweep_file(folder, frame).is_file() for frame in frames)
+    absent = [sweep_file(folder, frame) for frame, there in zip(frames, present, strict=True) if not there]
     return _Source(folder, present), absent
 
 
-def _sweep(folder: Path, frame: OnceFrame) -> Path:
+def sweep_file(folder: Path, frame: OnceFrame) -> Path:
+    """Where the points of a frame are; `folder` is that of its sequence."""
     return folder / "lidar_roof" / f"{frame.frame_id}.bin"
 
 
