@@ -161,9 +161,11 @@ class Occupancy:
                 raise ValueError(f"the grid's middle is {middle} m off the sensor: mirrored cells would not fall on cells")
         if turns % 2 and not self.grid.turns:
             raise ValueError(f"a grid of {self.grid.shape} cells is not square: turned cells would not fall on cells")
+        if turns >= 2:
+            mirror_x, mirror_y = not mirror_x, not mirror_y  # half a turn
         x, y, z = self.index.T
         last_x, last_y = np.int16(self.grid.shape[0] - 1), np.int16(self.grid.shape[1] - 1)
         x, y = last_x - x if mirror_x else x, last_y - y if mirror_y else y
-        for _ in range(turns):
+        if turns % 2:
             x, y = last_y - y, x  # (x, y) -> (-y, x)
         return Occupancy.of_cells(np.stack([x, y, z], axis=1), self.label, self.grid)

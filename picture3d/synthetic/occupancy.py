@@ -141,9 +141,12 @@ class _Shape:
         solid = float(rows.free_path[i]) == 0.0
         return _Shape(int(rows.kind[i]), rows.center[i], rows.half[i], rows.rotation[i], int(_CLASS[rows.label[i]]), solid)
 
-    def holds(self, local: NDArray[np.float64], grow: float) -> NDArray[np.bool_]:
-        """Which of (N, 3) points, along the primitive's own axes, lie in it when every half side is `grow` longer."""
-        half = self.half + grow
+    def grown(self, cell_m: float) -> NDArray[np.float64]:
+        """Half sides (3,) grown by half a cell, and no thinner than leaves a pole without gaps between cells' middles."""
+        return np.maximum(self.half + cell_m / 2, cell_m * (np.sqrt(0.5) + 1e-6))
+
+    def holds(self, local: NDArray[np.float64], half: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which of (N, 3) points, along the primitive's own axes, lie in its kind of shape of these half sides (3,)."""
         if (half <= 0).any():
             return np.zeros(len(local), np.bool_)
         share = np.abs(local) / half
@@ -155,8 +158,8 @@ class _Shape:
 
 
 def _mark(dense: NDArray[np.uint8], shape: _Shape, grid: OccupancyGrid) -> None:
-    grow = grid.cell_m / 2
-    reach = np.abs(shape.rotation) @ (shape.half + grow)
+    half = shape.grown(grid.cell_m)
+    reach = np.abs(shape.rotation) @ half
     origin = np.asarray(grid.origin)
     low = np.clip(np.floor((shape.center - reach - origin) / grid.cell_m), 0, grid.shape).astype(int)
     high = np.clip(np.floor((shape.center + reach - origin) / grid.cell_m) + 1, 0, grid.shape).astype(int)
@@ -164,8 +167,8 @@ def _mark(dense: NDArray[np.uint8], shape: _Shape, grid: OccupancyGrid) -> None:
         return
     axes = [origin[a] + (np.arange(low[a], high[a]) + 0.5) * grid.cell_m - shape.center[a] for a in range(3)]
     local = np.stack([side.ravel() for side in np.meshgrid(*axes, indexing="ij")], axis=1) @ shape.rotation
-    marked = shape.holds(local, grow)
+    marked = shape.holds(local, half)
     if shape.solid:
-        marked &= ~shape.holds(local, -SHELL_M)
+        marked &= ~shape.holds(local, shape.half - SHELL_M)
     window = dense[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
     window[marked.reshape(window.shape)] = shape.label

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from picture3d.errors import DataError
-from picture3d.formats.openoccupancy import IGNORED, read_openoccupancy
+from picture3d.formats.openoccupancy import IGNORED, OccupiedVoxels, read_openoccupancy, write_openoccupancy
 
 
 def _saved(folder: Path, rows: object, dtype: str = "int64") -> Path:
@@ -95,3 +95,16 @@ def test_damaged_bytes_give_only_our_own_error(tmp_path: Path, place: int, value
     path.write_bytes(bytes(data[:cut]) if cut < 192 else bytes(data))
     with suppress(DataError):
         read_openoccupancy(path)
+
+
+def test_what_is_written_is_read_back_and_noise_is_class_0_in_the_file(tmp_path: Path) -> None:
+    voxels = OccupiedVoxels(np.array([[0, 1, 2], [3, 511, 39]], np.int16), np.array([IGNORED, 16], np.uint8))
+    write_openoccupancy(tmp_path / "a.npy", voxels)
+    rows = np.load(tmp_path / "a.npy")
+    assert rows.dtype == np.int32
+    assert rows.tolist() == [[2, 1, 0, 0], [39, 511, 3, 16]]
+    found = read_openoccupancy(tmp_path / "a.npy")
+    assert np.array_equal(found.index, voxels.index)
+    assert np.array_equal(found.label, voxels.label)
+    write_openoccupancy(tmp_path / "b.npy", OccupiedVoxels(np.zeros((0, 3), np.int16), np.zeros(0, np.uint8)))
+    assert len(read_openoccupancy(tmp_path / "b.npy").label) == 0
