@@ -268,6 +268,18 @@ def data_objects(
     _show(said)
 
 
+@data_app.command("intensity")
+def data_intensity(
+    prepared: Annotated[Path, typer.Argument(help="Folder of prepared frames.")],
+    split: Annotated[str, typer.Option(help="Whose keyframes are measured; 'all' takes every log.")] = "train",
+    frames: Annotated[int, typer.Option(min=1, help="At most so many keyframes, evenly spread.")] = 512,
+) -> None:
+    """Measure how each sensor spreads its intensities, for data.intensity_scale=sensor_scale or sensor_quantile."""
+    from picture3d.commands.intensity import intensity as command
+
+    _show(command(prepared, split=None if split == "all" else split, frames=frames))
+
+
 @data_app.command("info")
 def data_info(
     folder: Annotated[Path, typer.Argument(help="Folder of prepared frames.")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
             return build_detection(config, device).module
 
 
-def training_batches(config: RunConfig, targets: FeatureSource | None) -> FrameBatches:
+def training_batches(config: RunConfig, targets: FeatureSource | Sequence[FeatureSource | None] | None) -> FrameBatches:
     """Shuffled, augmented batches as the config wants them."""
     batches = FrameBatches(
         config.data,
@@ -81,7 +82,7 @@ def training_batches(config: RunConfig, targets: FeatureSource | None) -> FrameB
 def scoring_batches(data: DataConfig, *, root: Path | None, split: str | None, labels: bool = True) -> FrameBatches:
     """Every frame of a split once, alone, in order, as it is: no augmentation, every label (or none), nothing left out."""
     whole = data.model_copy(
-        update={"root": root or data.root, "split": split, "label_share": 1.0, "every": 1, "max_frames": None}
+        update={"root": root or data.root, "split": split, "label_share": 1.0, "every": 1, "max_frames": None, "also": ()}
         # Every labelled point counts, those outside the grid too: the network answers for them.
         | {"labels": labels, "box_classes": (), "range_min": None, "range_max": None}
     )
@@ -128,6 +129,15 @@ def build_targets(config: TargetsConfig, prepared: Path, device: torch.device) -
 
             teacher = build_teacher(config.teacher, config.weights, device)
             return OnlineTeacherSource(teacher, num_superclasses=config.superclasses)
+
+
+def build_training_targets(
+    config: TargetsConfig, data: DataConfig, device: torch.device
+) -> FeatureSource | list[FeatureSource | None] | None:
+    """Where the targets of all datasets of a training are found: a store beside each, or one teacher for all."""
+    if config.mode == "stored":
+        return [build_targets(config, root, device) for root in (data.root, *(other.root for other in data.also))]
+    return build_targets(config, data.root, device)
 
 
 def read_run_config(run: Path) -> RunConfig:

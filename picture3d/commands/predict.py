@@ -125,7 +125,7 @@ class _Network:
         dataset = batches.dataset
         self.label_set = dataset.label_set
         if names:
-            batches.keys = [_key(dataset, name) for name in names]
+            batches.choose([_key(dataset, name) for name in names])
         with Progress("predict") as progress:
             for done, (key, batch) in enumerate(zip(batches.keys, batches.epoch(0), strict=True), start=1):
                 yield self._of(dataset.frame(key, ()), sample_token(dataset, key), batch)

@@ -62,7 +62,7 @@ def probe(
     encoder = JoinedEncoder(config.grid.grid, config.in_features, config.encoder, pillars=config.grid.pillars).to(machine)
     load_encoder(encoder, run)
     train = FrameBatches(
-        share.model_copy(update={"root": data or config.data.root, "labels": True, "augment": None}),
+        share.model_copy(update={"root": data or config.data.root, "also": (), "labels": True, "augment": None}),
         batch_size=1,
         seed=seed,
         train=False,

@@ -6,7 +6,13 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from picture3d.commands.build import build_detection, build_picture, build_segmentation, build_targets, training_batches
+from picture3d.commands.build import (
+    build_detection,
+    build_picture,
+    build_segmentation,
+    build_training_targets,
+    training_batches,
+)
 from picture3d.commands.machine import start
 from picture3d.config import read_config_tree
 from picture3d.errors import ConfigError
@@ -53,7 +59,7 @@ def run_pretraining(config: PretrainConfig, out: Path, resume: bool, device: str
 
 def _pretrain(config: PretrainConfig, out: Path, resume: bool, device: str, threads: int) -> FitResult:
     machine = start(device, threads)
-    targets = build_targets(config.targets, config.data.root, machine)
+    targets = build_training_targets(config.targets, config.data, machine)
     batches = training_batches(config, targets)
     task = build_picture(config, machine)
     run = RunFolder(out)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,11 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from picture3d.datasets.class_balance import balanced_keys
 from picture3d.datasets.detection_classes import DetectionClasses
-from picture3d.datasets.object_sampling import ObjectSampler, open_sampler
-from picture3d.datasets.prepared import FrameKey, PreparedDataset
-from picture3d.datasets.samples import DataConfig, Sample, finish_sample, load_sample, read_sample, select_keyframes
+from picture3d.datasets.mixing import EpochOrder, Source, open_sources
+from picture3d.datasets.prepared import FrameKey
+from picture3d.datasets.samples import DataConfig, Sample, finish_sample, load_sample, select_keyframes
 from picture3d.errors import ConfigError, DataError
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.boxes import Boxes
@@ -22,15 +23,16 @@ from picture3d.structures.targets import FeatureSource
 
 __all__ = ["DataConfig", "FrameBatches", "Sample", "collate", "iterate_batches", "load_sample", "select_keyframes"]
 
-# Which stream of random numbers is drawn from; the seeds of two streams never meet.
-_ORDER, _SAMPLE, _OBJECTS = 0, 1, 2
+# Which stream of random numbers is drawn from; the seeds of two streams never meet. `mixing` has 0 and 3.
+_SAMPLE, _OBJECTS = 1, 2
 
 
 class FrameBatches:
-    """The batches of a dataset, epoch after epoch (a `BatchSource` of the training loop).
+    """The batches of one dataset or of several mixed, epoch after epoch (a `BatchSource` of the training loop).
 
-    The order of frames is a permutation drawn from (seed, epoch), the augmentation of a frame and the objects pasted into it
-    from (seed, epoch, its position in the epoch): none depends on the number of workers, nor on where an epoch is entered.
+    The order of frames is drawn from (seed, epoch), see :class:`EpochOrder`; the augmentation of a frame and the objects pasted
+    into it from (seed, epoch, its position in the epoch): none depends on the number of workers, nor on where an epoch is
+    entered.
 
     `total_epochs` has to be set before the first batch if the config switches something off in the last ones.
     """
@@ -44,18 +46,18 @@ class FrameBatches:
         batch_size: int,
         seed: int,
         workers: int = 0,
-        targets: FeatureSource | None = None,
+        targets: FeatureSource | Sequence[FeatureSource | None] | None = None,
         train: bool = True,
     ) -> None:
-        """Opens the dataset and selects its frames.
+        """Opens the dataset, or all of them, and selects its frames.
 
         Args:
             config: which frames, and how they become input.
             batch_size: frames per batch.
             seed: of the order and the augmentation.
             workers: processes that load ahead; 0 loads in the caller. The cache of `config` lives in each of them.
-            targets: where teacher targets are found, if they are wanted.
-            train: False gives every frame once, in order, un-augmented, the last incomplete batch included.
+            targets: where teacher targets are found, if they are wanted; one source for all datasets or one for each of them.
+            train: False gives every frame once, in order, un-augmented, the last incomplete batch included. Of one dataset.
 
         Raises:
             DataError: if the dataset or the database of objects cannot be read, or no frame is selected.
@@ -66,32 +68,50 @@ class FrameBatches:
         self.seed = seed
         self.workers = workers
         self.train = train
-        self.dataset = PreparedDataset(config.root)
-        self.keys = select_keyframes(self.dataset, config)
+        if config.also and not train:
+            raise ConfigError("data.also: several datasets are mixed in training only; take one (also=[]) to go through it")
+        self._take(open_sources(config, seed=seed, train=train, targets=targets))
         self._classes = DetectionClasses(config.box_classes)
-        self._sampler: ObjectSampler | None = None
-        if train and config.balance_classes:
-            self.keys = balanced_keys(self.dataset, self.keys, self._classes, seed=seed, min_box_points=config.min_box_points)
-        if train and config.objects is not None:
-            self._sampler = open_sampler(config.objects, self._classes, config)
-        self._targets = targets
-        self._cache: dict[FrameKey, Sample] = {}
+        self._cache: dict[tuple[int, FrameKey], Sample] = {}
         self._cached_bytes = 0
-        if self._drops_last and len(self.keys) < batch_size:
+        if self._drops_last and self.frames_per_epoch < batch_size:
             raise ConfigError(
-                f"{config.root}: {len(self.keys)} frames are selected, fewer than batch_size {batch_size}. "
-                f"Set batch_size to at most {len(self.keys)}, or drop_last=false."
+                f"{config.root}: {self.frames_per_epoch} frames are selected, fewer than batch_size {batch_size}. "
+                f"Set batch_size to at most {self.frames_per_epoch}, or drop_last=false."
             )
+
+    def _take(self, sources: tuple[Source, ...]) -> None:
+        self.sources = sources
+        self.dataset = sources[0].dataset
+        self.keys = [key for source in sources for key in source.keys]
+        self._source_of_key = np.repeat(np.arange(len(sources)), [len(source.keys) for source in sources])
+        shuffle = self.train and self.config.shuffle
+        self._order = EpochOrder(sources, seed=self.seed, shuffle=shuffle, window=self.config.shuffle_window)
+
+    def choose(self, keys: Sequence[FrameKey]) -> None:
+        """Goes through these frames of the (only) dataset instead of the selected ones."""
+        (source,) = self.sources
+        self._take((replace(source, keys=tuple(keys)),))
 
     @property
     def _drops_last(self) -> bool:
         return self.train and self.config.drop_last
 
     @property
+    def frames_per_epoch(self) -> int:
+        """Frames of one epoch, those of an incomplete last batch included."""
+        return len(self._order)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches of one epoch."""
-        full, rest = divmod(len(self.keys), self.batch_size)
+        full, rest = divmod(self.frames_per_epoch, self.batch_size)
         return full + (1 if rest and not self._drops_last else 0)
+
+    @property
+    def identity(self) -> list[dict[str, Any]]:
+        """What a run is trained on, one entry per dataset, as JSON: a checkpoint is resumed on the same only."""
+        return [source.identity() for source in self.sources]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[PointBatch]:
         """The batches of an epoch from `start_step` on; the same ones as an unbroken epoch gives."""
@@ -120,28 +140,28 @@ class FrameBatches:
             DataError: if a frame cannot be read, or lacks what the config asks for.
         """
         order = self.order(epoch)
-        positions = range(step * self.batch_size, min((step + 1) * self.batch_size, len(self.keys)))
-        return collate([self._sample(self.keys[order[position]], epoch, position) for position in positions])
+        positions = range(step * self.batch_size, min((step + 1) * self.batch_size, len(order)))
+        return collate([self._sample(int(order[position]), epoch, position) for position in positions])
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """(frames,) int64: which of `keys` stands at each position of an epoch."""
-        if not (self.train and self.config.shuffle):
-            return np.arange(len(self.keys))
-        return np.random.default_rng([self.seed, epoch, _ORDER]).permutation(len(self.keys))
+        """(frames_per_epoch,) int64: which of `keys` stands at each position of an epoch."""
+        return self._order.rows(epoch)
 
-    def _sample(self, key: FrameKey, epoch: int, position: int) -> Sample:
+    def _sample(self, row: int, epoch: int, position: int) -> Sample:
         rng = np.random.default_rng([self.seed, epoch, _SAMPLE, position]) if self.train else None
-        sample = self._cache.get(key)
+        number, key = int(self._source_of_key[row]), self.keys[row]
+        source = self.sources[number]
+        sample = self._cache.get((number, key))
         if sample is None:
-            sample = read_sample(self.dataset, key, self.config, targets=self._targets)
+            sample = source.read(key)
             # Once full the cache stays as it is: with a new order every epoch, throwing out the oldest would keep nothing.
             if self._cached_bytes + sample.nbytes <= self.config.cache_bytes:
-                self._cache[key] = sample
+                self._cache[number, key] = sample
                 self._cached_bytes += sample.nbytes
-        if self._sampler is not None and not self._among_last(
+        if source.sampler is not None and not self._among_last(
             epoch, max(self.config.objects_off_last, self.config.augment_off_last)
         ):
-            sample = self._sampler.paste(sample, self._classes, np.random.default_rng([self.seed, epoch, _OBJECTS, position]))
+            sample = source.sampler.paste(sample, self._classes, np.random.default_rng([self.seed, epoch, _OBJECTS, position]))
         return finish_sample(sample, self.config, rng, augment=not self._among_last(epoch, self.config.augment_off_last))
 
     def _among_last(self, epoch: int, count: int) -> bool:
@@ -176,7 +196,7 @@ def iterate_batches(
     batch_size: int,
     start_step: int = 0,
     workers: int = 0,
-    targets: FeatureSource | None = None,
+    targets: FeatureSource | Sequence[FeatureSource | None] | None = None,
 ) -> Iterator[PointBatch]:
     """The training batches of one epoch; see :class:`FrameBatches`."""
     return FrameBatches(config, batch_size=batch_size, seed=seed, workers=workers, targets=targets).epoch(epoch, start_step)

@@ -20,6 +20,7 @@ from picture3d.datasets.object_database import ObjectDatabase, StoredObject
 from picture3d.datasets.object_geometry import inside_any, meet_from_above
 from picture3d.datasets.object_sampling_config import ObjectSamplingConfig
 from picture3d.datasets.samples import DataConfig, Sample, scale_intensity
+from picture3d.datasets.source_config import IntensityScale
 from picture3d.errors import ConfigError, DataError
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.points import PointCloud
@@ -70,7 +71,7 @@ class ObjectSampler:
                 f"{data.sweeps}. Make one with `picture3d data objects --sweeps {data.sweeps}`, or set max_time_lag_s."
             )
         self._features = data.features
-        self._scale = data.intensity_scale
+        self._scale: IntensityScale = data.intensity_scale
         of_object = database.classes(classes)
         allowed = ~np.isin(database.difficulty, np.array(config.without_difficulties, np.int8))
         self.candidates: dict[int, NDArray[np.int64]] = {}  # 1-based class -> rows of the database that may be drawn

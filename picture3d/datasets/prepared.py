@@ -14,8 +14,9 @@ import google_crc32c
 from picture3d import __version__
 from picture3d.datasets.label_sets import LabelSet, label_set
 from picture3d.datasets.log_file import FORMAT_VERSION, LogHeader, LogReader, LogSummary, LogWriter, check_log_name
+from picture3d.datasets.sensor_intensity import MAX_TABLE_BYTES, TABLE_NAME, IntensityTable
 from picture3d.errors import DataError
-from picture3d.files import read_json_object, write_json
+from picture3d.files import read_bounded, read_json_object, write_json
 from picture3d.structures.frame import Frame
 
 __all__ = [
@@ -82,6 +83,7 @@ class PreparedDataset:
         self.root = Path(root)
         self._open_logs = max(1, open_logs)
         self._readers: OrderedDict[str, LogReader] = OrderedDict()
+        self._intensity: IntensityTable | None = None
         path = self.root / "dataset.json"
         if not path.exists():
             raise DataError(
@@ -132,10 +134,30 @@ class PreparedDataset:
 
     def fingerprint(self, split: str | None = None) -> str:
         """Eight hex digits that change when a log of the split is added, removed or made anew from other data."""
+        return self.fingerprint_of(self.logs(split))
+
+    def fingerprint_of(self, logs: Sequence[str]) -> str:
+        """The same over the named logs, in their order."""
         crc = 0
-        for log in self.logs(split):
+        for log in logs:
             crc = google_crc32c.extend(crc, f"{log}:{self._summaries[log].crc32c};".encode())
         return f"{crc:08x}"
+
+    def intensity(self) -> IntensityTable:
+        """The table of this dataset's sensors, read once.
+
+        Raises:
+            DataError: if `picture3d data intensity` was not run, or its file is damaged.
+        """
+        if self._intensity is None:
+            path = self.root / TABLE_NAME
+            if not path.exists():
+                raise DataError(
+                    f"{path}: is not there, so the intensities of its sensors are unknown. "
+                    f"Run `picture3d data intensity {self.root}`."
+                )
+            self._intensity = IntensityTable.from_bytes(read_bounded(path, max_bytes=MAX_TABLE_BYTES), str(path))
+        return self._intensity
 
     def summary(self, log: str) -> LogSummary:
         """What a log holds, without opening it."""

@@ -18,6 +18,8 @@ from picture3d.datasets.augment import AugmentConfig, affine, draw_augmentation
 from picture3d.datasets.detection_classes import DetectionClasses
 from picture3d.datasets.object_sampling_config import ObjectSamplingConfig
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
+from picture3d.datasets.sensor_intensity import IntensityTable
+from picture3d.datasets.source_config import Fillable, IntensityScale, SourceConfig
 from picture3d.errors import DataError
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
@@ -44,9 +46,13 @@ class DataConfig(FrozenConfig):
     features: tuple[Literal["intensity", "time_lag", "elongation"], ...] = Field(
         default=("intensity",), description="Values per point besides x y z: intensity, time_lag (s), elongation (tanh of it)."
     )
-    intensity_scale: Literal["unit", "raw", "tanh"] = Field(
-        default="unit", description="unit: 0..1 whatever was stored; raw: as stored; tanh: tanh of the 0..1 value."
+    intensity_scale: IntensityScale = Field(
+        default="unit",
+        description="unit: 0..1 whatever was stored; raw: as stored; tanh: tanh of the 0..1 value; sensor_scale, "
+        "sensor_quantile: 0..1 by the table of each sensor that `picture3d data intensity` makes.",
     )
+    fill: tuple[Fillable, ...] = Field(default=(), description="Features that the dataset lacks and that are set to 0.")
+    also: tuple[SourceConfig, ...] = Field(default=(), description="Further datasets, mixed in by weight in training.")
     range_min: tuple[float, float, float] | None = Field(default=None, description="Crop, metres x y z, inclusive.")
     range_max: tuple[float, float, float] | None = Field(default=None, description="Crop, metres x y z, inclusive.")
     crop_z: bool = Field(default=True, description="Crop z too, not only x and y.")
@@ -69,6 +75,9 @@ class DataConfig(FrozenConfig):
     objects_off_last: int = Field(default=0, ge=0, description="No object is pasted in so many last epochs.")
     augment_off_last: int = Field(default=0, ge=0, description="Nothing is pasted or augmented in so many last epochs.")
     shuffle: bool = Field(default=True, description="Draw a new order of frames for every epoch.")
+    shuffle_window: int | None = Field(
+        default=None, ge=1, description="Shuffle so that only so many logs of a dataset are read at a time; null: over all."
+    )
     drop_last: bool = Field(default=True, description="Leave out an incomplete last batch.")
     cache_bytes: int = Field(default=0, ge=0, description="Keep decoded samples in memory up to so many bytes; for small data.")
 
@@ -84,7 +93,24 @@ class DataConfig(FrozenConfig):
             raise ValueError("balance_classes and objects need the names of classes in box_classes")
         if len(set(self.features)) != len(self.features):
             raise ValueError("features names a column twice")
+        if self.objects is not None and self.intensity_scale.startswith("sensor_"):
+            raise ValueError(
+                f"objects are stored without the sensor that saw them, so intensity_scale={self.intensity_scale} cannot be "
+                "used for them; set unit or tanh, or objects=null"
+            )
         return self
+
+    def of_source(self, source: SourceConfig) -> DataConfig:
+        """How the frames of a further dataset become input: as these, but for what `source` says.
+
+        Raises:
+            ConfigError: if that contradicts itself.
+        """
+        own = {"root": source.root, "split": source.split, "every": source.every, "max_frames": source.max_frames}
+        own |= {"fill": source.fill, "also": ()}
+        if source.intensity_scale is not None:
+            own["intensity_scale"] = source.intensity_scale
+        return DataConfig.from_tree(self.model_dump() | own, source=f"data.also, {source.name or source.root}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,6 +145,10 @@ class Sample:
         own = self.point_id >= 0
         cell[own] = self.targets.point_cell[self.point_id[own]]
         return cell
+
+    def renamed(self, name: str) -> Sample:
+        """The same under another name."""
+        return replace(self, name=name)
 
     def select(self, rows: NDArray[np.bool_] | NDArray[np.integer]) -> Sample:
         """The points chosen by a boolean mask or an index."""
@@ -189,6 +219,10 @@ def read_sample(dataset: PreparedDataset, key: FrameKey, config: DataConfig, *, 
     columns = {name for name, used in (("labels", config.labels), ("boxes", config.box_classes)) if used}
     if "elongation" in config.features:
         columns.add("elongation")
+    table = None
+    if "intensity" in config.features and config.intensity_scale.startswith("sensor_"):
+        columns.add("sensor")
+        table = dataset.intensity()
     reader = dataset.reader(key.log)
     frame = reader.frame(key.index, columns)
     sweeps = [frame.points]
@@ -222,7 +256,7 @@ def read_sample(dataset: PreparedDataset, key: FrameKey, config: DataConfig, *, 
     return Sample(
         name=str(key),
         xyz=np.concatenate(xyz),
-        features=_features(sweeps, lags, config, key),
+        features=_features(sweeps, lags, config, key, table),
         point_id=point_id,
         labels=labels,
         boxes=boxes,
@@ -241,7 +275,7 @@ def sweep_sample(frame: Frame, config: DataConfig) -> Sample:
     return Sample(
         name=str(key),
         xyz=frame.points.xyz,
-        features=_features([frame.points], [0.0], config, key),
+        features=_features([frame.points], [0.0], config, key, None),
         point_id=np.arange(len(frame.points)),
     )
 
@@ -312,14 +346,21 @@ def move_sweep(xyz: NDArray[np.float32], sweep: Frame, keyframe: Frame) -> NDArr
     return affine(xyz, keyframe_from_sweep.rotation, keyframe_from_sweep.translation)
 
 
-def scale_intensity(points: PointCloud, scale: str) -> NDArray[np.float32]:
-    """(N,) float32 intensity as network input; see `DataConfig.intensity_scale`.
+def scale_intensity(points: PointCloud, scale: IntensityScale, table: IntensityTable | None = None) -> NDArray[np.float32]:
+    """(N,) float32 intensity as network input; see `DataConfig.intensity_scale`. `table` is needed for ``sensor_...``.
 
     Raises:
-        DataError: if a scale other than ``raw`` is asked for and the unit is unknown.
+        DataError: if a scale other than ``raw`` is asked for and the unit is unknown, or the sensor is.
     """
     if scale == "raw":
         return points.intensity
+    if scale == "sensor_scale" or scale == "sensor_quantile":
+        if table is None:
+            raise DataError(
+                f"intensity_scale={scale} needs the table of the sensor, which only prepared frames have beside them. Prepare "
+                "these sweeps and run `picture3d data intensity`."
+            )
+        return table.mapped(points, scale)
     match points.intensity_unit:
         case IntensityUnit.RAW_255:
             unit = points.intensity * np.float32(1 / 255)
@@ -332,12 +373,14 @@ def scale_intensity(points: PointCloud, scale: str) -> NDArray[np.float32]:
         case IntensityUnit.UNKNOWN:
             raise DataError(
                 "the unit of this data's intensity is unknown, so it cannot be scaled. "
-                "Prepare it with --intensity 0-255, 0-1 or tanh, or set intensity_scale=raw."
+                "Prepare it with --intensity 0-255, 0-1 or tanh, set intensity_scale=raw, or let fill name intensity for 0."
             )
     return np.tanh(unit) if scale == "tanh" else unit
 
 
-def _features(sweeps: list[PointCloud], lags: list[float], config: DataConfig, key: FrameKey) -> NDArray[np.float32]:
+def _features(
+    sweeps: list[PointCloud], lags: list[float], config: DataConfig, key: FrameKey, table: IntensityTable | None
+) -> NDArray[np.float32]:
     out = np.zeros((sum(len(points) for points in sweeps), len(config.features)), np.float32)
     for column, feature in enumerate(config.features):
         start = 0
@@ -345,14 +388,20 @@ def _features(sweeps: list[PointCloud], lags: list[float], config: DataConfig, k
             rows = slice(start, start := start + len(points))
             match feature:
                 case "intensity":
+                    if "intensity" in config.fill:
+                        continue
                     try:
-                        out[rows, column] = scale_intensity(points, config.intensity_scale)
+                        out[rows, column] = scale_intensity(points, config.intensity_scale, table)
                     except DataError as error:
                         raise DataError(f"{key}: {error}") from None
                 case "time_lag":
                     out[rows, column] = lag
                 case "elongation":
+                    if "elongation" in config.fill:
+                        continue
                     if points.elongation is None:
-                        raise DataError(f"{key}: has no elongation; take 'elongation' out of features")
+                        raise DataError(
+                            f"{key}: has no elongation; take 'elongation' out of features, or let fill name it for 0"
+                        )
                     out[rows, column] = np.tanh(points.elongation)
     return out

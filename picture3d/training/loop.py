@@ -34,7 +34,7 @@ from picture3d.training.checkpoint import (
 from picture3d.training.interrupt import StopSignals
 from picture3d.training.optim import OptimConfig, build_optimizer, set_schedule
 from picture3d.training.runlog import Progress, RunFolder, duration
-from picture3d.training.state import RunState, check_plan, model_tensors, restore_tensors, training_tensors
+from picture3d.training.state import RunState, check_data, check_plan, model_tensors, restore_tensors, training_tensors
 from picture3d.training.threads import set_threads
 
 ProgressCallback = Callable[[int, int, str], None]
@@ -164,6 +164,7 @@ class _Trainer:
         self.task, self.batches, self.config, self.run = task, batches, config, run
         self.total_steps, self.groups_per_epoch = total_steps, groups_per_epoch
         self.plan = {"total_steps": total_steps, "steps_per_epoch": groups_per_epoch}
+        self.data = getattr(batches, "identity", None)  # what `FrameBatches` says of its datasets; others may be silent
         self.module = task.module
         self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -334,6 +335,7 @@ class _Trainer:
 
     def _restore(self, path: Path) -> None:
         checkpoint = load_checkpoint(path)
+        check_data(path, checkpoint.meta, self.data)
         check_plan(path, checkpoint.meta, self.plan)
         restore_tensors(checkpoint.tensors, self.module, self.optimizer)
         self.state = RunState.from_meta(checkpoint.meta)
@@ -341,7 +343,8 @@ class _Trainer:
         self.run.log(f"resumed from {path.name}")
 
     def _meta(self) -> dict[str, Any]:
-        return {**self.plan, **self.state.meta(), "config": self.run.config_tree()}
+        data = {} if self.data is None else {"data": self.data}
+        return {**self.plan, **self.state.meta(), **data, "config": self.run.config_tree()}
 
     def _stop(self) -> None:
         """After a signal: keeps what is done. A step cut in its middle is not: running statistics may have moved already."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,33 @@ def check_plan(path: Path, meta: Mapping[str, Any], plan: Mapping[str, int]) -> 
             f"{found['steps_per_epoch']} per epoch; now it would be {plan['total_steps']} and {plan['steps_per_epoch']}, "
             f"and the learning rate would follow another curve. Use the same data and length, or another folder."
         )
+
+
+def check_data(path: Path, meta: Mapping[str, Any], data: Sequence[Mapping[str, Any]] | None) -> None:
+    """Refuses a checkpoint of a run on other data: `data` describes each dataset by name and what must stay the same.
+
+    Raises:
+        TrainingError: naming the dataset and what changed.
+    """
+    if data is None or "data" not in meta:  # nobody knows
+        return
+    then, now = ({str(one["name"]): dict(one) for one in some} for some in (meta["data"], data))
+    if list(then) != list(now):
+        different = f"then {', '.join(then)}; now {', '.join(now)}"
+    else:
+        changed = [
+            f"'{name}' {key.removesuffix('_crc32c')} (then {then[name].get(key)}, now {now[name].get(key)})"
+            for name in now
+            for key in now[name]
+            if then[name].get(key) != now[name].get(key)
+        ]
+        if not changed:
+            return
+        different = ", ".join(changed)
+    raise TrainingError(
+        f"{path}: this run was trained on other data: {different}. Going on would mix the two; use the same data, or start a "
+        "run in another folder."
+    )
 
 
 def model_tensors(module: nn.Module) -> dict[str, Tensor]:
