@@ -14,7 +14,7 @@ COMMANDS = [
     ["synth"], ["prepare"], ["prepare", "nuscenes"], ["prepare", "points"], ["targets"], ["pretrain"], ["finetune"],
     ["finetune", "segmentation"], ["finetune", "detection"], ["evaluate"], ["probe"], ["report"], ["recipes"],
     ["tensorboard"], ["demo"],
-    ["check"], ["data"], ["data", "info"], ["data", "objects"], ["data", "intensity"], ["doctor"],
+    ["check"], ["data"], ["data", "info"], ["data", "objects"], ["data", "projection"], ["data", "intensity"], ["doctor"],
     ["prepare", "semantickitti"], ["prepare", "waymo"],
     ["prepare", "argoverse2"], ["prepare", "once"], ["prepare", "occupancy"],
     ["weights"], ["weights", "show"], ["weights", "import"], ["weights", "export"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,20 @@ def prepare_nuscenes(
         xyz_codec=xyz_codec,
         progress=progress,
     )
+
+
+def nuscenes_frames(raw: Path, tables: RawTables, version: str, *, sweeps: int = 9) -> Iterator[tuple[Frame, int]]:
+    """The frames that :func:`prepare_nuscenes` would store, scene after scene, and how many points each lost.
+
+    Sweeps and labels that are not on disk are passed over.
+
+    Raises:
+        DataError: if a file is damaged.
+    """
+    for scene in tables.scenes:
+        plans, _ = _plan(raw, replace(tables, scenes=(scene,)), "nuscenes", sweeps, {"version": version})
+        for plan in plans:
+            yield from _frames(raw, tables, plan)
 
 
 def velocity_global(annotation: RawAnnotation, tables: RawTables) -> NDArray[np.float64]:
