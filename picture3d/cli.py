@@ -497,6 +497,19 @@ def score_waymo_detection(
     _show(command(predictions, labels, iou=iou or [], as_json=as_json))
 
 
+@score_app.command("occupancy")
+def score_occupancy(
+    predictions: Annotated[Path, typer.Argument(help="Folder scene_<token>/occupancy/<token>.npy: rows z, y, x, class.")],
+    labels: Annotated[Path, typer.Option(help="Prepared frames with occupancy labels attached.")],
+    split: Annotated[str, typer.Option(help="Which split of them.")] = "val",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Score occupancy predictions as OpenOccupancy does: geometric IoU, IoU per class and its mean over 16 classes."""
+    from picture3d.commands.score_occupancy import score_occupancy as command
+
+    _show(command(predictions, labels, split=split, as_json=as_json))
+
+
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="Run folder of a fine-tuning.")],

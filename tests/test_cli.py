@@ -18,7 +18,7 @@ COMMANDS = [
     ["prepare", "semantickitti"], ["prepare", "waymo"],
     ["prepare", "argoverse2"], ["prepare", "once"], ["prepare", "occupancy"],
     ["weights"], ["weights", "show"], ["weights", "import"], ["weights", "export"],
-    ["predict"], ["score"], ["score", "nuscenes-detection"], ["score", "waymo-detection"],
+    ["predict"], ["score"], ["score", "nuscenes-detection"], ["score", "waymo-detection"], ["score", "occupancy"],
 ]  # fmt: skip
 
 

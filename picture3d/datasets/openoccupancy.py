@@ -54,8 +54,10 @@ class OccupancySummary:
 
 
 @dataclass(frozen=True, slots=True)
-class _LabelFile:
-    frame: int
+class LabelFile:
+    """The label file of a keyframe."""
+
+    frame: int  # place in its log
     token: str
     path: Path
     size: int
@@ -76,12 +78,12 @@ def attach_occupancy(labels: Path, dataset: PreparedDataset, *, progress: Progre
         DataError: if the frames are not nuScenes', no label file belongs to any of them, the files of a scene are named after
             other sweeps than its keyframes, or the folder cannot be written.
     """
-    root, scenes = _label_root(labels)
+    root, scenes = label_folder(labels)
     folder = occupancy_folder(dataset.root)
-    plans: dict[str, list[_LabelFile]] = {}
+    plans: dict[str, list[LabelFile]] = {}
     other_files = 0
     for log in dataset.logs():
-        plans[log], others = _label_files(root, scenes, dataset, log)
+        plans[log], others = label_files(root, scenes, dataset, log)
         other_files += others
     if not any(plans.values()):
         first = _scene(dataset, dataset.logs()[0]) if plans else "<scene token>"
@@ -143,8 +145,12 @@ def attach_occupancy(labels: Path, dataset: PreparedDataset, *, progress: Progre
 # -- finding label files ----------------------------------------------------------------------------------------------
 
 
-def _label_root(labels: Path) -> tuple[Path, frozenset[str]]:
-    """The folder that holds `scene_*`, and their names."""
+def label_folder(labels: Path) -> tuple[Path, frozenset[str]]:
+    """The folder that holds `scene_*` (this one, or a nuScenes-Occupancy... in it), and their names.
+
+    Raises:
+        DataError: if there is none.
+    """
     candidates = [labels]
     if labels.is_dir():
         candidates += sorted(path for path in labels.glob("nuScenes-Occupancy*") if path.is_dir())
@@ -168,8 +174,12 @@ def _scene(dataset: PreparedDataset, log: str) -> str:
     return scene
 
 
-def _label_files(root: Path, scenes: frozenset[str], dataset: PreparedDataset, log: str) -> tuple[list[_LabelFile], int]:
-    """The label files of a log's keyframes, and how many others its scene has. Names are looked up, never built from tokens."""
+def label_files(root: Path, scenes: frozenset[str], dataset: PreparedDataset, log: str) -> tuple[list[LabelFile], int]:
+    """The label files of a log's keyframes, and how many others its scene has. Names are looked up, never built from tokens.
+
+    Raises:
+        DataError: if the log is not of nuScenes, or its scene has files and none of them is named after a keyframe.
+    """
     name = f"scene_{_scene(dataset, log)}"
     if name not in scenes:
         return [], 0
@@ -178,7 +188,7 @@ def _label_files(root: Path, scenes: frozenset[str], dataset: PreparedDataset, l
     reader = dataset.reader(log)
     tokens = [(index, reader.token(index)) for index in reader.keyframes]
     files = [
-        _LabelFile(index, token, folder / f"{token}.npy", sizes[f"{token}.npy"])
+        LabelFile(index, token, folder / f"{token}.npy", sizes[f"{token}.npy"])
         for index, token in tokens
         if f"{token}.npy" in sizes
     ]
@@ -208,14 +218,14 @@ class _DamagedLabelError(DataError):
     """A label file that cannot be read: the log is set aside, which a full disk is no reason for."""
 
 
-def _header(dataset: PreparedDataset, log: str, files: list[_LabelFile]) -> dict[str, Any]:
+def _header(dataset: PreparedDataset, log: str, files: list[LabelFile]) -> dict[str, Any]:
     crc = 0
     for file in files:
         crc = google_crc32c.extend(crc, f"{file.frame}:{file.token}:{file.size};".encode())
     return {"log": log, "scene": _scene(dataset, log), "files_crc32c": crc, "grid": grid_tree(NUSCENES_OCCUPANCY)}
 
 
-def _write_log(path: Path, header: dict[str, Any], files: list[_LabelFile], tick: Callable[[int], object]) -> None:
+def _write_log(path: Path, header: dict[str, Any], files: list[LabelFile], tick: Callable[[int], object]) -> None:
     with BlockWriter(path, KIND, header) as out:
         for done, file in enumerate(files):
             tick(done)
