@@ -33,6 +33,11 @@ class CenterHeadConfig(FrozenConfig):
     channels: int = Field(default=64, ge=1, description="width of the shared convolution and of each branch")
     gaussian_overlap: float = Field(default=0.1, gt=0, lt=1, description="IoU that sets the radius of a peak")
     min_radius: int = Field(default=2, ge=0, description="smallest radius of a peak, in cells")
+    neighbours: int = Field(
+        default=0,
+        ge=0,
+        description="rings of cells around a box's own that learn to point to it as well; 0: its own cell only, as published",
+    )
     max_boxes: int = Field(default=500, ge=1, description="boxes per frame that are learned from, and that are decoded")
     regression_weight: float = Field(default=2.0, ge=0, description="weight of the L1 loss of the eight regressed numbers")
     iou_weight: float = Field(default=1.0, ge=0, description="weight of the loss of the predicted IoU")
@@ -69,7 +74,7 @@ class CenterMaps:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CenterTargets:
-    """What the maps should be; G' boxes that are learned from."""
+    """What the maps should be. G' cells learn a box: one for each box, and its neighbours if they are asked to."""
 
     heatmap: Tensor  # (B, classes, H, W) float32
     code: Tensor  # (G', 8) float32: offset x y, z, logarithms of the sizes, cosine, sine
@@ -147,9 +152,13 @@ class CenterHead(nn.Module):
         )
         count = len(self.config.classes)
         heatmap = draw_gaussians(row, column, radius, sample * count + classes - 1, (size * count, height, width))
+        heatmap = heatmap.view(size, count, height, width)
+        box, row, column = _with_neighbours(row, column, self.config.neighbours, (height, width))
+        boxes, position, sample = boxes[box], position[box], sample[box]
+        offset = position - torch.stack([column, row], 1)
         yaw = boxes[:, 6:7]
-        code = torch.cat([position - position.long(), boxes[:, 2:3], boxes[:, 3:6].log(), yaw.cos(), yaw.sin()], 1)
-        return CenterTargets(heatmap.view(size, count, height, width), code, boxes, sample, row * width + column)
+        code = torch.cat([offset, boxes[:, 2:3], boxes[:, 3:6].log(), yaw.cos(), yaw.sin()], 1)
+        return CenterTargets(heatmap, code, boxes, sample, row * width + column)
 
     def loss(self, maps: CenterMaps, boxes: Tensor, classes: Tensor, sample: Tensor) -> dict[str, Tensor]:
         """Losses by name, unweighted but for "total": heatmap, regression, iou, iou_regression. Arguments as `targets`."""
@@ -230,6 +239,15 @@ def focal_heatmap_loss(logits: Tensor, target: Tensor) -> Tensor:
     positive = (share.log() * (1 - share).square())[peak].sum()
     negative = ((1 - share).log() * share.square() * (1 - target) ** 4)[~peak].sum()
     return -(positive + negative) / peak.sum().clamp(min=1)
+
+
+def _with_neighbours(row: Tensor, column: Tensor, rings: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of G cells, and row and column, for each cell of the squares around them that lies on a map of `shape`."""
+    step = torch.arange(-rings, rings + 1, device=row.device)
+    rows = (row[:, None, None] + step[:, None]).expand(-1, -1, len(step))
+    columns = (column[:, None, None] + step).expand(-1, len(step), -1)
+    inside = (rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1])
+    return inside.nonzero()[:, 0], rows[inside], columns[inside]
 
 
 def _at(maps: Tensor, targets: CenterTargets) -> Tensor:

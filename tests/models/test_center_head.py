@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,6 +107,26 @@ def test_maps_that_meet_the_targets_are_decoded_to_the_true_boxes_and_cost_nothi
     losses = head.loss(maps, BOXES, CLASSES, SAMPLE)
     assert losses["regression"].item() == 0
     assert losses["iou"].item() == pytest.approx(0, abs=1e-4)  # overlaps with themselves within the corner tolerance
+
+
+def test_neighbours_learn_to_point_to_the_same_box():
+    boxes = torch.cat([BOXES[:1], BOXES[2:]])
+    config = CenterHeadConfig(channels=8, neighbours=1)
+    head = CenterHead(8, (1.0, 1.0), (-8.0, -6.0), config)
+    targets = head.targets(boxes, CLASSES[:2], torch.tensor([0, 0]), (1, 12, 16))
+    # The first box lies in row 3, column 9; the second in the last row and column: four cells are inside.
+    expected = {(row, column) for row in (2, 3, 4) for column in (8, 9, 10)} | {
+        (row, column) for row in (10, 11) for column in (14, 15)
+    }
+    assert {(int(cell) // 16, int(cell) % 16) for cell in targets.cell} == expected
+    place = torch.stack([targets.cell % 16, targets.cell // 16], 1) + targets.code[:, :2] + torch.tensor([-8.0, -6.0])
+    torch.testing.assert_close(place, targets.box[:, :2])
+    assert (targets.heatmap == 1).sum() == 2, "the heat map is that of the boxes' own cells"
+    shifted = perfect_maps(head, boxes, CLASSES[:2], torch.tensor([0, 0]), (1, 12, 16))
+    heat = torch.full_like(shifted.hm, -20.0)
+    heat[0, 0, 2, 10], heat[0, 1, 10, 14] = 20.0, 20.0  # peaks one cell off
+    (found,) = head.decode(replace(shifted, hm=heat))
+    torch.testing.assert_close(found.boxes, boxes, rtol=1e-5, atol=1e-5)
 
 
 def test_padding_rows_other_classes_and_boxes_beyond_the_limit_are_left_out_of_targets():
