@@ -309,7 +309,7 @@ def _counted(boxes: Boxes, xyz: NDArray[np.float32]) -> Boxes:
 def _numbers(tree: object, shape: tuple[int, ...], place: str) -> NDArray[np.float64]:
     try:
         numbers = np.array(tree, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise DataError(f"{place}: holds something else than numbers.") from None
     if numbers.shape != shape:
         raise DataError(f"{place}: has shape {numbers.shape}, expected {shape}.")

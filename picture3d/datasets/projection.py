@@ -102,7 +102,7 @@ def measure_raw(raw: Path, frames: int, *, xyz_codec: Codec = PLANES, sweeps: in
     kind = kind_of_raw(raw)
     if kind is None:
         raise DataError(f"{raw}: holds neither raw Waymo nor raw nuScenes, whose full sizes are known.")
-    before, table_seconds, table_scenes = _memory() or 0, 0.0, 0
+    before, table_seconds, table_scenes = peak_memory() or 0, 0.0, 0
     if kind == "nuscenes":
         version = max((path.parent for path in raw.glob("v1.0-*/scene.json")), key=_size_of_folder).name
         start = time.process_time()
@@ -111,10 +111,10 @@ def measure_raw(raw: Path, frames: int, *, xyz_codec: Codec = PLANES, sweeps: in
         source = nuscenes_frames(raw, tables, version, sweeps=sweeps)
     else:
         source = _waymo(raw, kind)
-    table_bytes = max(0, (_memory() or 0) - before) if kind == "nuscenes" else 0
+    table_bytes = max(0, (peak_memory() or 0) - before) if kind == "nuscenes" else 0
     with tempfile.TemporaryDirectory(prefix="picture3d-") as folder:
         paths, count, keyframes, points, seconds = _write(source, Path(folder), frames, xyz_codec)
-        peak = _memory()
+        peak = peak_memory()
         size = sum(path.stat().st_size for path in paths)
         read_seconds, _ = _time_reading(paths, count)
         return Measured(
@@ -220,8 +220,14 @@ def _size_of_folder(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.json"))
 
 
-def _memory() -> int | None:
-    """The most memory this process ever held, in bytes."""
+def peak_memory() -> int | None:
+    """The most memory this process ever held, in bytes; None where the system does not tell."""
+    if sys.platform.startswith("linux"):
+        # Not getrusage: a process that was just started counts what its parent held.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        return None
     if os.name != "posix":
         return None
     import resource

@@ -117,9 +117,9 @@ def read_segment(folder: Path, segment: str) -> Iterator[WaymoFrame]:
     poses = _vehicle_poses(component_file(folder, VEHICLE_POSE, segment), segment)
     calibrations = _calibrations(component_file(folder, CALIBRATION, segment))
     labels = _Labels(component_file(folder, BOX, segment)) if (folder / BOX).is_dir() else None
-    images = {name: _Component(component_file(folder, name, segment), name) for name in (LIDAR, LIDAR_POSE)}
+    images = {name: ImageRows(component_file(folder, name, segment), name) for name in (LIDAR, LIDAR_POSE)}
     if component_file(folder, SEGMENTATION, segment).is_file():
-        images[SEGMENTATION] = _Component(component_file(folder, SEGMENTATION, segment), SEGMENTATION)
+        images[SEGMENTATION] = ImageRows(component_file(folder, SEGMENTATION, segment), SEGMENTATION)
     for component in images.values():
         component.refuse_other_times(poses)
     if labels is not None:
@@ -138,10 +138,19 @@ def read_segment(folder: Path, segment: str) -> Iterator[WaymoFrame]:
         yield WaymoFrame(segment, time, pose, calibrations, lasers, found, ())
 
 
-class _Component:
-    """The images of a component, taken frame by frame."""
+class ImageRows:
+    """The images of a component, taken frame by frame in order of time; a few rows are in memory, never a row group.
+
+    `take` raises DataError naming file, row and column if an image is damaged or larger than is believed.
+    """
 
     def __init__(self, path: Path, name: str) -> None:
+        """Reads the keys of all rows; `name` is that of a component with images, ``lidar`` for example.
+
+        Raises:
+            ConfigError: if pyarrow is not installed.
+            DataError: if the file is missing or damaged, or its rows are in no order of time.
+        """
         self._path, self._images = path, _COMPONENTS[name]
         keys = read_parquet(path, {_TIME: "i", _LASER: "i"})
         self._times, lasers = keys[_TIME], keys[_LASER]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 from typer.testing import CliRunner
 
@@ -166,6 +169,7 @@ def _nan_pose(frame: dict[str, Any]) -> None:
         (lambda f: f.update(pose=[0, 0, 0, 2, 0, 0, 0]), "no unit quaternion"),
         (lambda f: f.update(pose=[0, 0, 0, 1]), r"has shape \(4,\), expected \(7,\)"),
         (lambda f: f.update(pose="north"), "something else than numbers"),
+        (lambda f: f.update(pose=[10**400, 0, 0, 1, 0, 0, 0]), "something else than numbers"),
         (lambda f: f.update(frame_id="../../secret"), "is no frame_id"),
         (lambda f: f.update(frame_id="1616343527700"), "is the time of the sweep before it too"),
         (lambda f: f["annos"].update(names=["Car"]), r"has shape \(2, 7\), expected \(1, 7\)"),
@@ -189,6 +193,34 @@ def test_a_damaged_sequence_file_is_a_clear_error(tmp_path, text):
     path = tmp_path / "000076.json"
     path.write_text(text)
     with pytest.raises(DataError, match=r"000076\.json"):
+        read_once_sequence(path)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=3) | st.sampled_from(["Car", "1616343527200"]),
+    lambda inner: (
+        st.lists(inner, max_size=8) | st.dictionaries(st.sampled_from(["names", "boxes_3d", "pose"]), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(frame=st.fixed_dictionaries({"frame_id": st.just("1616343527200") | _JSON}, optional={"pose": _JSON, "annos": _JSON}))
+def test_any_json_gives_frames_or_our_error(tmp_path, frame):
+    path = tmp_path / "000076.json"
+    path.write_text(json.dumps({"frames": [frame]}))
+    with suppress(DataError):
+        (found,) = read_once_sequence(path)
+        assert found.boxes is None or np.isfinite(found.boxes.center).all()
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=60))
+def test_any_bytes_give_frames_or_our_error(tmp_path, data):
+    path = tmp_path / "000076.json"
+    path.write_bytes(data)
+    with suppress(DataError):
         read_once_sequence(path)
 
 
