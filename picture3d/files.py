@@ -98,6 +98,21 @@ def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
     return tree
 
 
+def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `data`; `where` names it in messages.
+
+    Raises:
+        DataError: if it is not JSON, or not one object.
+    """
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}). The file is damaged or cut off; write it again.") from None
+    if not isinstance(tree, dict):
+        raise DataError(f"{where}: expected one JSON object, found {type(tree).__name__}. The file is not what its name says.")
+    return tree
+
+
 def read_json(path: Path, *, max_bytes: int) -> Any:
     """The JSON value in `path`.
 

@@ -33,6 +33,7 @@ import numpy as np
 
 from picture3d.datasets.label_sets import LabelSet
 from picture3d.datasets.prepared import PreparedDataset, log_path
+from picture3d.datasets.remote import remote_url
 from picture3d.errors import DataError
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
@@ -96,6 +97,8 @@ def check_prepared(root: Path, *, progress: ProgressCallback | None = None) -> C
     Raises:
         DataError: if the folder is not a prepared dataset at all.
     """
+    if remote_url(root) is not None:
+        raise DataError(f"{root}: only frames on this machine can be checked; fetched ones are checked as they arrive")
     dataset = PreparedDataset(root)
     findings = [*_splits(dataset), *_strays(dataset)]
     tally = Tally()

@@ -88,7 +88,7 @@ def class_counts(
     Raises:
         DataError: if a log is damaged.
     """
-    path = dataset.root / "box_counts" / f"min{min_box_points}.json"
+    path = dataset.notes_folder / "box_counts" / f"min{min_box_points}.json"
     kept = _kept(path)
     logs = sorted({key.log for key in keys})
     counted = {log: kept[log] for log in logs if kept.get(log, {}).get("crc32c") == dataset.summary(log).crc32c}

@@ -303,6 +303,22 @@ class LogReader:
         for index in range(len(self)):
             self.frame(index)
 
+    def check_bytes(self) -> None:
+        """Compares every record and column with its checksum, decoding no column.
+
+        Raises:
+            DataError: for the first damage found.
+        """
+        for index in range(len(self)):
+            entry, place = self._entry(index)
+            _, stored = self._record(entry, place)
+            for name, chunk in stored.items():
+                try:
+                    offset, length, crc = int(chunk["offset"]), int(chunk["length"]), int(chunk["crc32c"])
+                except (KeyError, TypeError, ValueError, OverflowError) as error:
+                    raise DataError(f"{place}, column {name}: the record does not describe it ({error}). {_MEND}") from None
+                self._read(offset, length, crc, f"{place}, column {name}")
+
     def _open(self) -> None:
         self._handle = -1
         try:

@@ -14,9 +14,11 @@ import google_crc32c
 from picture3d import __version__
 from picture3d.datasets.label_sets import LabelSet, label_set
 from picture3d.datasets.log_file import FORMAT_VERSION, LogHeader, LogReader, LogSummary, LogWriter, check_log_name
+from picture3d.datasets.occupancy_store import OccupancyStore
+from picture3d.datasets.remote import MissingObject, RemoteFolder, remote_url
 from picture3d.datasets.sensor_intensity import MAX_TABLE_BYTES, TABLE_NAME, IntensityTable
 from picture3d.errors import DataError
-from picture3d.files import read_bounded, read_json_object, write_json
+from picture3d.files import parse_json_object, read_bounded, read_json_object, write_json
 from picture3d.structures.frame import Frame
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
 _FORMAT = "picture3d-prepared"
 _MAX_DATASET_JSON = 1 << 28
 _OPEN_LOGS = 32
+_OPEN_REMOTE_LOGS = 8
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -74,23 +77,30 @@ class PreparedDataset:
         """Reads ``dataset.json``.
 
         Args:
-            root: the folder.
+            root: the folder, or a URL (see `remote`).
             open_logs: how many log files are kept open; the least recently used is closed first.
 
         Raises:
             DataError: if the folder is not a prepared dataset, or its preparation did not finish.
         """
         self.root = Path(root)
-        self._open_logs = max(1, open_logs)
+        url = remote_url(root)
+        self._remote = None if url is None else RemoteFolder(url)
+        # A log that is open takes its bytes on the disk even if the cache has dropped it.
+        self._open_logs = max(1, open_logs if self._remote is None else min(open_logs, _OPEN_REMOTE_LOGS))
         self._readers: OrderedDict[str, LogReader] = OrderedDict()
         self._intensity: IntensityTable | None = None
+        self._occupancy: OccupancyStore | None = None
         path = self.root / "dataset.json"
-        if not path.exists():
+        if self._remote is not None:
+            tree = parse_json_object(self._remote.read("dataset.json", max_bytes=_MAX_DATASET_JSON), str(path))
+        elif path.exists():
+            tree = read_json_object(path, max_bytes=_MAX_DATASET_JSON)
+        else:
             raise DataError(
                 f"{self.root}: no dataset.json, so this is not a folder of prepared frames, or its preparation did not finish. "
                 "Run `picture3d prepare nuscenes RAW OUT` or `picture3d prepare points FOLDER OUT` (again)."
             )
-        tree = read_json_object(path, max_bytes=_MAX_DATASET_JSON)
         if tree.get("format") != _FORMAT or tree.get("version") != FORMAT_VERSION:
             raise DataError(
                 f"{path}: format {tree.get('format')!r} version {tree.get('version')!r}, this picture3d reads "
@@ -143,6 +153,16 @@ class PreparedDataset:
             crc = google_crc32c.extend(crc, f"{log}:{self._summaries[log].crc32c};".encode())
         return f"{crc:08x}"
 
+    def occupancy(self) -> OccupancyStore:
+        """The occupancy labels beside these frames, opened once.
+
+        Raises:
+            DataError: if none are attached, or their summary is damaged.
+        """
+        if self._occupancy is None:
+            self._occupancy = OccupancyStore(self.root)
+        return self._occupancy
+
     def intensity(self) -> IntensityTable:
         """The table of this dataset's sensors, read once.
 
@@ -151,13 +171,26 @@ class PreparedDataset:
         """
         if self._intensity is None:
             path = self.root / TABLE_NAME
-            if not path.exists():
+            try:
+                if self._remote is None and not path.exists():
+                    raise MissingObject(str(path))
+                data = (
+                    read_bounded(path, max_bytes=MAX_TABLE_BYTES)
+                    if self._remote is None
+                    else self._remote.read(TABLE_NAME, max_bytes=MAX_TABLE_BYTES)
+                )
+            except MissingObject:
                 raise DataError(
                     f"{path}: is not there, so the intensities of its sensors are unknown. "
-                    f"Run `picture3d data intensity {self.root}`."
-                )
-            self._intensity = IntensityTable.from_bytes(read_bounded(path, max_bytes=MAX_TABLE_BYTES), str(path))
+                    "Run `picture3d data intensity` on the folder of the prepared frames."
+                ) from None
+            self._intensity = IntensityTable.from_bytes(data, str(path))
         return self._intensity
+
+    @property
+    def notes_folder(self) -> Path:
+        """Where this machine may leave what it found out about the frames: the root, or for a remote one its cache."""
+        return self.root if self._remote is None else self._remote.folder
 
     def summary(self, log: str) -> LogSummary:
         """What a log holds, without opening it."""
@@ -174,7 +207,7 @@ class PreparedDataset:
             return self._readers[log]
         if log not in self._summaries:
             raise DataError(f"{self.root}: no log '{log}'; it has {len(self._summaries)} logs")
-        reader = LogReader(log_path(self.root, log))
+        reader = LogReader(log_path(self.root, log)) if self._remote is None else self._fetched(self._remote, log)
         if reader.header.log != log or reader.summary != self._summaries[log]:
             reader.close()
             raise DataError(f"{reader.path}: is not the file that dataset.json was written for. Run `prepare` again.")
@@ -182,6 +215,18 @@ class PreparedDataset:
         while len(self._readers) > self._open_logs:
             self._readers.popitem(last=False)  # closed when its last user lets go of it
         return reader
+
+    def _fetched(self, remote: RemoteFolder, log: str) -> LogReader:
+        """The log from the cache. Another process may drop it before it is open, and a disk may have spoilt it: once more."""
+        for attempt in range(3):
+            path = remote.log(log, self._summaries[log])
+            try:
+                return LogReader(path)
+            except DataError:
+                if attempt == 2:
+                    raise
+                path.unlink(missing_ok=True)
+        raise AssertionError("unreachable")
 
     def frame(self, key: FrameKey, columns: Collection[str] | None = None) -> Frame:
         """Reads one frame; see :meth:`LogReader.frame`."""
@@ -199,6 +244,8 @@ def open_for_writing(root: Path) -> None:
     Raises:
         DataError: if the folder holds something else, or cannot be written.
     """
+    if remote_url(root) is not None:
+        raise DataError(f"{root}: frames are prepared into a folder of this machine. Upload that folder when it is finished.")
     path = root / "dataset.json"
     if path.exists() and read_json_object(path, max_bytes=_MAX_DATASET_JSON).get("format") != _FORMAT:
         raise DataError(f"{path}: belongs to something else than prepared frames. Choose another output folder.")

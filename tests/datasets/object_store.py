@@ -1,0 +1,75 @@
+"""A server of files over HTTP on this machine that can be told to fail."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+class ObjectStore(ThreadingHTTPServer):
+    """Counts what was fetched; `trouble` is taken from the front, one entry per GET: cut, 503, garble, "" for none."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
+        self.fetched: list[str] = []
+        self.trouble: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def logs(self) -> list[str]:
+        """Names of the logs that were fetched, in order."""
+        return [path.split("/")[-1].removesuffix(".p3d") for path in self.fetched if path.endswith(".p3d")]
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        if isinstance(self.server, ObjectStore) and "forbidden" in self.path:
+            self.send_error(403)
+        else:
+            super().do_HEAD()
+
+    def do_GET(self) -> None:
+        store = self.server
+        assert isinstance(store, ObjectStore)
+        store.fetched.append(self.path)
+        trouble = store.trouble.pop(0) if store.trouble else ""
+        if trouble == "503" or "forbidden" in self.path:
+            self.send_error(503 if trouble else 403)
+            return
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        content = bytearray(path.read_bytes())
+        if trouble == "garble":
+            content[len(content) // 3] ^= 255
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if trouble == "cut" else content)
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def object_store(folder: Path) -> Iterator[ObjectStore]:
+    store = ObjectStore(folder)
+    thread = threading.Thread(target=store.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield store
+    finally:
+        store.shutdown()
+        thread.join()
+        store.server_close()
