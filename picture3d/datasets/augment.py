@@ -10,6 +10,7 @@ from pydantic import Field
 
 from picture3d.config import FrozenConfig
 from picture3d.structures.boxes import Boxes
+from picture3d.structures.occupancy import Occupancy
 
 
 class AugmentConfig(FrozenConfig):
@@ -22,6 +23,12 @@ class AugmentConfig(FrozenConfig):
     )
     scale: tuple[float, float] = Field(default=(0.9, 1.1), description="Scale by a factor drawn from this range.")
     translation: float = Field(default=0.5, ge=0, description="Shift each axis by a normal draw of this sigma, in metres.")
+    quarter_turns: bool = Field(default=False, description="Turn by 0, 90, 180 or 270 degrees besides; cells stay cells.")
+
+    @property
+    def keeps_cells(self) -> bool:
+        """Whether every draw takes the cells of a grid around the sensor to cells: flips and quarter turns alone do."""
+        return self.rotation == 0 and self.scale == (1.0, 1.0) and self.translation == 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,11 +40,14 @@ class Augmentation:
     yaw: float = 0.0  # radians, counter-clockwise from x
     scale: float = 1.0
     translation: tuple[float, float, float] = (0.0, 0.0, 0.0)  # metres
+    quarter_turns: int = 0  # of 90 degrees counter-clockwise, added to the yaw without rounding
 
     @property
     def linear(self) -> NDArray[np.float64]:
         """(3, 3) float64: the transform without its translation. Its determinant is negative after a single flip."""
         c, s = np.cos(self.yaw), np.sin(self.yaw)
+        for _ in range(self.quarter_turns % 4):
+            c, s = -s, c
         rotation = np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
         flip = np.array([-1.0 if self.flip_y else 1.0, -1.0 if self.flip_x else 1.0, 1.0])
         return self.scale * rotation * flip
@@ -50,14 +60,25 @@ class Augmentation:
         """Boxes, moved: centres as points, sizes scaled, headings wrapped to [-pi, pi), velocities turned and scaled."""
         yaw = -boxes.yaw if self.flip_x else boxes.yaw
         yaw = np.pi - yaw if self.flip_y else yaw
+        turned = self.yaw + self.quarter_turns * (np.pi / 2)
         return replace(
             boxes,
             center=boxes.center @ self.linear.T + np.asarray(self.translation),
             size=boxes.size * self.scale,
-            yaw=(yaw + self.yaw + np.pi) % (2 * np.pi) - np.pi,
+            yaw=(yaw + turned + np.pi) % (2 * np.pi) - np.pi,
             velocity=boxes.velocity @ self.linear[:2, :2].T,
             acceleration=None if boxes.acceleration is None else boxes.acceleration @ self.linear[:2, :2].T,
         )
+
+    def occupancy(self, occupancy: Occupancy) -> Occupancy:
+        """Occupied cells, moved without loss.
+
+        Raises:
+            ValueError: if cells would not fall on cells: turned by anything but quarters, scaled, shifted.
+        """
+        if self.yaw != 0 or self.scale != 1 or any(self.translation):
+            raise ValueError("only flips and quarter turns take the cells of a grid to cells")
+        return occupancy.moved(mirror_x=self.flip_y, mirror_y=self.flip_x, quarter_turns=self.quarter_turns)
 
 
 def affine(
@@ -80,10 +101,12 @@ def affine(
 
 
 def draw_augmentation(config: AugmentConfig, rng: np.random.Generator) -> Augmentation:
-    """Draws one transform. The same numbers are taken from `rng` whatever is switched on."""
+    """Draws one transform. The same numbers are taken from `rng` whatever is switched on, `quarter_turns` aside: one more."""
     flip_x, flip_y = rng.random(2) < 0.5
     yaw = rng.uniform(-1.0, 1.0) * config.rotation
     low, high = config.scale
     scale = low + (high - low) * rng.random()
     dx, dy, dz = (float(v) for v in rng.standard_normal(3) * config.translation)
-    return Augmentation(bool(flip_x) and config.flip_x, bool(flip_y) and config.flip_y, float(yaw), float(scale), (dx, dy, dz))
+    turns = int(rng.integers(4)) if config.quarter_turns else 0
+    flips = bool(flip_x) and config.flip_x, bool(flip_y) and config.flip_y
+    return Augmentation(*flips, float(yaw), float(scale), (dx, dy, dz), turns)

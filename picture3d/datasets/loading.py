@@ -19,6 +19,7 @@ from picture3d.datasets.samples import DataConfig, Sample, finish_sample, load_s
 from picture3d.errors import ConfigError, DataError
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.boxes import Boxes
+from picture3d.structures.occupancy import Occupancy
 from picture3d.structures.targets import FeatureSource
 
 __all__ = ["DataConfig", "FrameBatches", "Sample", "collate", "iterate_batches", "load_sample", "select_keyframes"]
@@ -210,7 +211,7 @@ def collate(samples: Sequence[Sample]) -> PointBatch:
     was annotated; a sample without has none.
 
     Raises:
-        DataError: if the samples' targets differ in dimension.
+        DataError: if the samples' targets differ in dimension, or only some have occupancy labels, or on other grids.
     """
     counts = [len(sample.xyz) for sample in samples]
     labels = None
@@ -237,6 +238,11 @@ def collate(samples: Sequence[Sample]) -> PointBatch:
         boxes = _cat([_box_rows(rows) for _, rows, _ in found_boxes])
         box_class = _cat([classes for _, _, classes in found_boxes])
         box_sample = _cat([np.full(len(rows), i, np.int64) for i, rows, _ in found_boxes])
+    occupancy = [(i, sample.occupancy) for i, sample in enumerate(samples) if sample.occupancy is not None]
+    if 0 < len(occupancy) < len(samples):
+        raise DataError("some frames of a batch have occupancy labels and others have none; set data.occupancy")
+    if len({found.grid for _, found in occupancy}) > 1:
+        raise DataError(f"{samples[0].name}: occupancy labels on different grids in one batch")
     return PointBatch(
         xyz=_cat([sample.xyz for sample in samples]),
         features=_cat([sample.features for sample in samples]),
@@ -250,7 +256,15 @@ def collate(samples: Sequence[Sample]) -> PointBatch:
         boxes=boxes,
         box_class=box_class,
         box_sample=box_sample,
+        occupancy_cell=_cat([_cell_rows(found, i) for i, found in occupancy]) if occupancy else None,
+        occupancy_class=_cat([found.label for _, found in occupancy]) if occupancy else None,
+        occupancy_grid=occupancy[0][1].grid if occupancy else None,
     )
+
+
+def _cell_rows(occupancy: Occupancy, sample: int) -> NDArray[np.int32]:
+    """(K, 4) int32 as `PointBatch.occupancy_cell`."""
+    return np.concatenate([np.full((len(occupancy), 1), sample, np.int32), occupancy.index], axis=1, dtype=np.int32)
 
 
 def _box_rows(boxes: Boxes) -> NDArray[np.float32]:

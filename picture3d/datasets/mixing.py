@@ -57,6 +57,8 @@ class Source:
             crc = google_crc32c.extend(crc, f"{key};".encode())
         logs = sorted({key.log for key in self.keys})
         table = self.dataset.intensity().crc32c if self.config.intensity_scale.startswith("sensor_") else None
+        # Only where it is asked for: runs from before there were such labels go on.
+        labels = {"occupancy_crc32c": self.dataset.occupancy().fingerprint_of(logs)} if self.config.occupancy else {}
         return {
             "name": self.name,
             "frames": len(self.keys),
@@ -64,6 +66,7 @@ class Source:
             "logs_crc32c": self.dataset.fingerprint_of(logs),
             "weight": self.weight,
             "intensity_crc32c": table,
+            **labels,
         }
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from picture3d.errors import DataError
@@ -104,6 +106,14 @@ class OccupancyStore:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["root"], open_files=state["open_files"])
+
+    def fingerprint_of(self, logs: Iterable[str]) -> str:
+        """Eight hex digits that change when the labels of one of these logs do; a log that is not attached counts too."""
+        crc = 0
+        for log in sorted(logs):
+            own = self.logs[log].crc32c if log in self.logs else "none"
+            crc = google_crc32c.extend(crc, f"{log}:{own};".encode())
+        return f"{crc:08x}"
 
     def labelled(self, log: str) -> tuple[int, ...]:
         """Which frames of a log have labels.

@@ -23,6 +23,7 @@ from picture3d.datasets.source_config import Fillable, IntensityScale, SourceCon
 from picture3d.errors import DataError
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
+from picture3d.structures.occupancy import Occupancy
 from picture3d.structures.points import IntensityUnit, PointCloud
 from picture3d.structures.targets import FeatureSource, FrameTargets
 
@@ -65,6 +66,9 @@ class DataConfig(FrozenConfig):
     box_classes: tuple[str, ...] = Field(
         default=(), description="Read the boxes of these classes (see datasets/detection_classes.py); empty: no boxes."
     )
+    occupancy: bool = Field(
+        default=False, description="Read the occupancy labels, and take only keyframes that have some (`prepare occupancy`)."
+    )
     min_box_points: int = Field(default=1, ge=0, description="Boxes with fewer LiDAR points are not learned from.")
     balance_classes: bool = Field(
         default=False, description="Repeat and leave out frames until every box class has as many as the others (CBGS)."
@@ -91,6 +95,13 @@ class DataConfig(FrozenConfig):
                     raise ValueError(f"range {axis}: {low} is not below {high}")
         if not self.box_classes and (self.balance_classes or self.objects is not None):
             raise ValueError("balance_classes and objects need the names of classes in box_classes")
+        if self.occupancy and self.augment is not None and not self.augment.keeps_cells:
+            raise ValueError(
+                "occupancy labels are cells, which only flips and quarter turns take to cells: set augment.rotation=0, "
+                "augment.scale=[1,1] and augment.translation=0 (and augment.quarter_turns=true), or augment=null"
+            )
+        if self.occupancy and self.objects is not None:
+            raise ValueError("occupancy labels do not know of pasted objects: set objects=null")
         if len(set(self.features)) != len(self.features):
             raise ValueError("features names a column twice")
         if self.objects is not None and self.intensity_scale.startswith("sensor_"):
@@ -125,6 +136,7 @@ class Sample:
     boxes: Boxes | None = None  # of the training classes
     box_class: NDArray[np.int64] | None = None  # (B,) int64 1-based training class; with `boxes`
     targets: FrameTargets | None = None
+    occupancy: Occupancy | None = None  # of the keyframe's LiDAR frame, whole: it is not cropped
 
     @property
     def nbytes(self) -> int:
@@ -134,6 +146,8 @@ class Sample:
             arrays += [self.boxes.center, self.boxes.size, self.boxes.yaw, self.boxes.velocity, self.boxes.num_points]
         if self.targets is not None:
             arrays += [self.targets.features, self.targets.superclass, self.targets.point_cell]
+        if self.occupancy is not None:
+            arrays += [self.occupancy.index, self.occupancy.label]
         return sum(array.nbytes for array in arrays if array is not None)
 
     @property
@@ -175,6 +189,9 @@ def select_keyframes(dataset: PreparedDataset, config: DataConfig) -> list[Frame
     keys = dataset.keyframes(config.split)
     if config.labelled_only:
         keys = [key for key in keys if dataset.reader(key.log).labelled(key.index)]
+    if config.occupancy:
+        labelled = {log: frozenset(dataset.occupancy().labelled(log)) for log in dict.fromkeys(key.log for key in keys)}
+        keys = [key for key in keys if key.index in labelled[key.log]]
     if config.label_share < 1.0:
         logs = sorted({key.log for key in keys})
         logs = [log for log in logs if dataset.summary(log).labelled] or logs
@@ -189,6 +206,7 @@ def select_keyframes(dataset: PreparedDataset, config: DataConfig) -> list[Frame
         keys = [keys[i] for i in np.linspace(0, len(keys) - 1, config.max_frames).round().astype(int)]
     if not keys:
         what = "labelled keyframe" if config.labelled_only else "keyframe"
+        what += " with occupancy labels" if config.occupancy else ""
         raise DataError(f"{dataset.root}: split '{config.split}' holds no {what}. Its splits: {', '.join(dataset.splits)}.")
     return keys
 
@@ -262,6 +280,7 @@ def read_sample(dataset: PreparedDataset, key: FrameKey, config: DataConfig, *, 
         boxes=boxes,
         box_class=box_class,
         targets=found,
+        occupancy=dataset.occupancy().of(frame) if config.occupancy else None,
     )
 
 
@@ -285,7 +304,8 @@ def finish_sample(sample: Sample, config: DataConfig, rng: np.random.Generator |
     if config.augment is not None and rng is not None and augment:
         drawn = draw_augmentation(config.augment, rng)
         boxes = None if sample.boxes is None else drawn.boxes(sample.boxes)
-        sample = replace(sample, xyz=drawn.points(sample.xyz), boxes=boxes)
+        occupancy = None if sample.occupancy is None else drawn.occupancy(sample.occupancy)
+        sample = replace(sample, xyz=drawn.points(sample.xyz), boxes=boxes, occupancy=occupancy)
     if config.range_min is not None and config.range_max is not None:
         inside = _inside(sample.xyz, config.range_min, config.range_max, axes=3 if config.crop_z else 2)
         sample = sample if inside.all() else sample.select(np.flatnonzero(inside))
