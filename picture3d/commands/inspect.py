@@ -10,11 +10,11 @@ from picture3d.datasets.check_argoverse2 import check_raw_argoverse2, is_raw_arg
 from picture3d.datasets.check_occupancy import with_occupancy
 from picture3d.datasets.check_once import check_raw_once, is_raw_once
 from picture3d.datasets.check_raw import check_raw_nuscenes, is_raw_nuscenes
-from picture3d.datasets.check_waymo import check_raw_waymo, check_raw_waymo_v2, is_raw_waymo
+from picture3d.datasets.check_waymo import check_raw_waymo, check_raw_waymo_v2
 from picture3d.datasets.object_database import databases_of
 from picture3d.datasets.occupancy_store import OccupancyStore, has_occupancy
 from picture3d.datasets.prepared import FrameKey, PreparedDataset, log_path
-from picture3d.datasets.waymo_v2 import is_waymo_v2
+from picture3d.datasets.waymo_v2 import waymo_version
 from picture3d.errors import DataError
 from picture3d.files import whole_file
 from picture3d.structures.frame import Frame
@@ -32,10 +32,8 @@ def check(folder: Path, *, as_json: bool) -> tuple[str, bool]:
             report = with_occupancy(check_prepared(folder, progress=progress))
         elif is_raw_nuscenes(folder):
             report = check_raw_nuscenes(folder, progress=progress)
-        elif is_raw_waymo(folder):
-            report = check_raw_waymo(folder, progress=progress)
-        elif is_waymo_v2(folder):
-            report = check_raw_waymo_v2(folder, progress=progress)
+        elif version := waymo_version(folder):
+            report = (check_raw_waymo if version == 1 else check_raw_waymo_v2)(folder, progress=progress)
         elif is_raw_once(folder):
             report = check_raw_once(folder, progress=progress)
         elif is_raw_argoverse2(folder):

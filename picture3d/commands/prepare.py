@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from picture3d.commands.data import prepared_line
-from picture3d.errors import DataError
 from picture3d.files import sole_writer
 from picture3d.training.runlog import Progress
 
@@ -44,15 +43,11 @@ def prepare_waymo(raw: Path, out: Path, *, sweeps: int, xyz_step: float, process
         ConfigError: if it is v2 and pyarrow is not installed.
         DataError: if there is nothing to read, or both versions, or nothing could be read.
     """
-    from picture3d.datasets.check_waymo import is_raw_waymo
     from picture3d.datasets.waymo import prepare_waymo as prepare_v1
-    from picture3d.datasets.waymo_v2 import is_waymo_v2, prepare_waymo_v2
+    from picture3d.datasets.waymo_v2 import prepare_waymo_v2, waymo_version
     from picture3d.formats.columns import PLANES, Codec, CodecKind
 
-    second = is_waymo_v2(raw)
-    if second and is_raw_waymo(raw):
-        raise DataError(f"{raw}: holds tfrecords (v1) and Parquet components (v2). Keep one version in this folder.")
-    prepare = prepare_waymo_v2 if second else prepare_v1
+    prepare = prepare_waymo_v2 if waymo_version(raw) == 2 else prepare_v1
     codec = Codec(CodecKind.GRID, xyz_step) if xyz_step else PLANES
     with sole_writer(out), Progress("prepare", unit="frames") as progress:
         summary = prepare(raw, out, sweeps=sweeps, xyz_codec=codec, processes=processes, progress=progress)

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from picture3d.datasets.check_raw import is_raw_nuscenes
-from picture3d.datasets.check_waymo import is_raw_waymo
 from picture3d.datasets.nuscenes import nuscenes_frames
 from picture3d.datasets.prepared import LogHeader, LogReader, LogWriter, PreparedDataset, log_path
 from picture3d.datasets.waymo import SPLIT_FOLDERS, frame_of_waymo, segment_files, segment_name
-from picture3d.datasets.waymo_v2 import frames_of_segment, is_waymo_v2, segments_of
+from picture3d.datasets.waymo_v2 import frames_of_segment, segments_of, waymo_version
 from picture3d.errors import DataError
 from picture3d.formats.columns import PLANES, Codec
 from picture3d.formats.nuscenes_tables import read_tables
@@ -78,12 +77,15 @@ class Projection:
 
 
 def kind_of_raw(raw: Path) -> Kind | None:
-    """What a raw folder holds, of what can be projected."""
+    """What a raw folder holds, of what can be projected.
+
+    Raises:
+        DataError: if it holds both versions of Waymo.
+    """
     if is_raw_nuscenes(raw):
         return "nuscenes"
-    if is_raw_waymo(raw):
-        return "waymo"
-    return "waymo-v2" if is_waymo_v2(raw) else None
+    version = waymo_version(raw)
+    return None if version is None else "waymo" if version == 1 else "waymo-v2"
 
 
 def measure_raw(raw: Path, frames: int, *, xyz_codec: Codec = PLANES, sweeps: int = 9) -> Measured:

@@ -10,7 +10,7 @@ from typing import Any
 from picture3d.datasets.label_sets import WAYMO
 from picture3d.datasets.prepared import LogHeader, PreparedSummary
 from picture3d.datasets.preparing import LogPlan, Progress, checksum, checksum_file, previous_sweeps, write_logs
-from picture3d.datasets.waymo import SPLIT_FOLDERS, frame_of_waymo
+from picture3d.datasets.waymo import SPLIT_FOLDERS, frame_of_waymo, segment_files
 from picture3d.errors import DataError
 from picture3d.formats.columns import PLANES, Codec
 from picture3d.formats.waymo_v2 import (
@@ -34,6 +34,20 @@ _SMALL = (VEHICLE_POSE, CALIBRATION, BOX)  # their content is told by a checksum
 def is_waymo_v2(raw: Path) -> bool:
     """True if a folder holds components of v2, in ``training/lidar/*.parquet`` for example."""
     return any(segments_of(raw / folder) for folder in SPLIT_FOLDERS)
+
+
+def waymo_version(raw: Path) -> int | None:
+    """1 if a folder holds tfrecords of Waymo, 2 if it holds components of v2, None if neither.
+
+    Raises:
+        DataError: if it holds both.
+    """
+    first = any(segment_files(raw / folder) for folder in SPLIT_FOLDERS)
+    if is_waymo_v2(raw):
+        if first:
+            raise DataError(f"{raw}: holds tfrecords (v1) and Parquet components (v2). Keep one version in this folder.")
+        return 2
+    return 1 if first else None
 
 
 def segments_of(folder: Path) -> list[str]:

@@ -11,10 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from picture3d.cli import app
+from picture3d.commands.inspect import check
 from picture3d.datasets.check import CheckReport
 from picture3d.datasets.check_argoverse2 import check_raw_argoverse2, is_raw_argoverse2
 from picture3d.datasets.check_once import check_raw_once, is_raw_once
 from picture3d.datasets.check_waymo import check_raw_waymo_v2
+from picture3d.datasets.waymo_v2 import waymo_version
+from picture3d.errors import DataError
 from picture3d.formats.waymo_v2 import component_file
 from tests.datasets import test_argoverse2 as argoverse2
 from tests.datasets import test_once as once
@@ -159,6 +162,14 @@ def test_the_command_knows_what_lies_in_the_folder(tmp_path, kind):
     broken = CliRunner().invoke(app, ["check", str(where)])
     assert broken.exit_code == 1
     assert damaged.name in broken.output
+
+
+def test_a_folder_of_both_versions_of_waymo_is_not_half_checked(tmp_path):
+    waymo_v2.write_small(tmp_path, waymo_v2.small_rows())
+    assert waymo_version(tmp_path) == 2
+    (tmp_path / "training" / "segment-a.tfrecord").touch()
+    with pytest.raises(DataError, match="Keep one version"):
+        check(tmp_path, as_json=False)
 
 
 def test_other_folders_are_not_taken_for_raw_data(tmp_path):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from picture3d.cli import app
 from picture3d.datasets.detection_classes import ONCE_DETECTION
+from picture3d.datasets.object_database import ObjectDatabase
 from picture3d.datasets.once import EGO_FROM_LIDAR, once_sequences, prepare_once, read_once_sequence
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.errors import DataError
@@ -263,6 +264,17 @@ def test_the_command_prepares_and_tells_what_is_missing(tmp_path):
     done = CliRunner().invoke(app, ["prepare", "once", str(tmp_path / "raw"), str(tmp_path / "out"), "--sweeps", "1"])
     assert done.exit_code == 0, done.output
     assert PreparedDataset(tmp_path / "out").frame(FrameKey("000076", 2)).previous == (1,)
+
+
+def test_objects_of_once_are_cut_out_by_the_merged_classes(tmp_path):
+    write_sequence(tmp_path / "raw", count=4)
+    prepare_once(tmp_path / "raw", tmp_path / "out")
+    done = CliRunner().invoke(app, ["data", "objects", str(tmp_path / "out"), "--classes", "once", "--sweeps", "2"])
+    assert done.exit_code == 0, done.output
+    (path,) = (tmp_path / "out" / "objects").iterdir()
+    found = ObjectDatabase(path)
+    assert len(found) == 6
+    assert found.classes(ONCE_DETECTION).tolist() == [1, 2] * 3
 
 
 def test_real_sweeps_meet_by_a_pose_that_drives_the_car_forward(tmp_path):

@@ -360,6 +360,22 @@ def test_without_pyarrow_one_line_names_the_extra(tmp_path, monkeypatch, capsys)
     assert "Traceback" not in told
 
 
+def test_two_processes_make_the_same_bytes_and_set_the_same_segment_aside(tmp_path):
+    for name in "abc":
+        rows = small_rows()
+        for lines in rows.values():
+            for line in lines:
+                line["key.segment_context_name"] = name
+        write_small(tmp_path / "raw", rows, name=name)
+    component_file(tmp_path / "raw" / "training", "lidar_pose", "b").unlink()
+    alone = prepare_waymo_v2(tmp_path / "raw", tmp_path / "alone")
+    together = prepare_waymo_v2(tmp_path / "raw", tmp_path / "together", processes=2)
+    assert alone.set_aside == together.set_aside
+    assert len(alone.set_aside) == 1
+    for log in "ac":
+        assert (tmp_path / "alone/logs" / f"{log}.p3d").read_bytes() == (tmp_path / "together/logs" / f"{log}.p3d").read_bytes()
+
+
 def test_a_segment_in_two_splits_and_a_folder_without_any_are_refused(tmp_path):
     write_small(tmp_path / "raw", small_rows())
     write_small(tmp_path / "raw", small_rows(), "validation")
