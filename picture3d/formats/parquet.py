@@ -68,7 +68,7 @@ def refuse_absurd(path: Path, file: Any, columns: Sequence[str], most: int) -> N
             column = of.column(i)
             # A list column is called by the path of its items.
             path_of = column.path_in_schema
-            asked = any(path_of == name or path_of.startswith(f"{name}.list") for name in columns)
+            asked = any(path_of == name or path_of.startswith(f"{name}.") for name in columns)
             if asked and not 0 <= column.num_values <= max(of.num_rows, 1) * most:
                 raise DataError(
                     f"{path}: row group {group} claims {column.num_values} values of {path_of} in {of.num_rows} rows, more "

@@ -212,10 +212,10 @@ class ImageRows:
         dims, stored, channels = tuple(shape.as_py()), values.values, self._images.channels
         if len(dims) != 3 or None in dims or dims[2] != channels or min(dims) < 1 or dims[0] * dims[1] > MAX_PIXELS:
             raise DataError(f"{place}: has shape {dims}, expected (rows, columns, {channels}) of at most {MAX_PIXELS} pixels.")
-        if stored.null_count or not stored.type.equals(pa.from_numpy_dtype(self._images.dtype)):
-            raise DataError(
-                f"{place}: holds {stored.type}, {stored.null_count} of them absent; expected {self._images.dtype.__name__}."
-            )
+        whole = self._images.dtype is np.int32
+        if stored.null_count or not (pa.types.is_integer(stored.type) if whole else pa.types.is_float32(stored.type)):
+            wanted = "whole numbers" if whole else "float"
+            raise DataError(f"{place}: holds {stored.type}, {stored.null_count} of them absent; expected {wanted}.")
         if len(stored) != math.prod(dims):
             raise DataError(f"{place}: holds {len(stored)} numbers, its shape {dims} needs {math.prod(dims)}.")
         return stored.to_numpy(zero_copy_only=True).reshape(dims)

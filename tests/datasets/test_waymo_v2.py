@@ -208,6 +208,19 @@ def test_absent_second_returns_and_optional_cells_are_told(tmp_path):
     assert len(boxes) == 0
 
 
+def test_classes_of_another_width_are_read(tmp_path):
+    folder = write_small(tmp_path, small_rows())
+    path = component_file(folder, "lidar_segmentation", "s")
+    expected = frames(folder)
+    table = parquet.read_table(path)
+    for number, name in enumerate(table.schema.names):
+        if name.endswith("values"):
+            table = table.set_column(number, name, table.column(name).cast(pa.list_(pa.int64())))
+    parquet.write_table(table, path)
+    for one, other in zip(expected, frames(folder), strict=True):
+        assert_equal_frames(one, other)
+
+
 def test_rows_laser_by_laser_give_the_frames_of_rows_time_by_time(tmp_path):
     rows = small_rows(3)
     expected = frames(write_small(tmp_path / "a", rows))
