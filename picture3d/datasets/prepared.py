@@ -159,6 +159,8 @@ class PreparedDataset:
         Raises:
             DataError: if none are attached, or their summary is damaged.
         """
+        if self._remote is not None:
+            raise DataError(f"{self.root}: occupancy labels are read from this machine only. Copy the folder here.")
         if self._occupancy is None:
             self._occupancy = OccupancyStore(self.root)
         return self._occupancy

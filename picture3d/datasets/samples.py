@@ -188,7 +188,7 @@ def select_keyframes(dataset: PreparedDataset, config: DataConfig) -> list[Frame
     """
     keys = dataset.keyframes(config.split)
     if config.labelled_only:
-        keys = [key for key in keys if dataset.reader(key.log).labelled(key.index)]
+        keys = [key for key in keys if _labelled(dataset, key)]
     if config.occupancy:
         labelled = {log: frozenset(dataset.occupancy().labelled(log)) for log in dict.fromkeys(key.log for key in keys)}
         keys = [key for key in keys if key.index in labelled[key.log]]
@@ -209,6 +209,14 @@ def select_keyframes(dataset: PreparedDataset, config: DataConfig) -> list[Frame
         what += " with occupancy labels" if config.occupancy else ""
         raise DataError(f"{dataset.root}: split '{config.split}' holds no {what}. Its splits: {', '.join(dataset.splits)}.")
     return keys
+
+
+def _labelled(dataset: PreparedDataset, key: FrameKey) -> bool:
+    """Whether the frame has labels; the log is opened (a remote one fetched) only where some frames have none."""
+    summary = dataset.summary(key.log)
+    if summary.labelled in (0, summary.frames):
+        return summary.labelled > 0
+    return dataset.reader(key.log).labelled(key.index)
 
 
 def _nested_share(items: list[_Item], config: DataConfig) -> list[_Item]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import multiprocessing
 import os
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from picture3d.commands.build import build_targets
+from picture3d.datasets.check import check_prepared
 from picture3d.datasets.class_balance import class_counts
 from picture3d.datasets.detection_classes import DetectionClasses
 from picture3d.datasets.loading import FrameBatches
@@ -136,6 +137,23 @@ def test_a_log_that_is_dropped_while_it_is_open_is_read_on(local, store, tmp_pat
     assert cached(tmp_path) == ["b"]
 
 
+def test_a_window_fetches_each_log_once_an_epoch_where_a_shuffle_of_all_fetches_again_and_again(tmp_path, monkeypatch):
+    logs = {log: [made_frame(log, i, points=200, seed=ord(log)) for i in range(6)] for log in "abcdefgh"}
+    local = write_made_dataset(tmp_path / "many", logs)
+    size = max(path.stat().st_size for path in (local / "logs").iterdir())
+    monkeypatch.setattr("picture3d.datasets.prepared._OPEN_REMOTE_LOGS", 1)
+    fetched = {}
+    for window in (2, None):
+        monkeypatch.setenv("PICTURE3D_CACHE", str(tmp_path / f"cache-{window}"))
+        monkeypatch.setenv("PICTURE3D_CACHE_GB", str(3.5 * size / 1e9))  # three of eight logs
+        with object_store(local) as store:
+            config = DataConfig(root=Path(store.url), shuffle_window=window)
+            assert len(list(FrameBatches(config, batch_size=4, seed=0).epoch(0))) == 12
+            fetched[window] = store.logs()
+    assert sorted(fetched[2]) == list("abcdefgh")
+    assert len(fetched[None]) > 16
+
+
 def test_a_log_larger_than_the_cache_is_refused_before_it_is_fetched(store, monkeypatch):
     monkeypatch.setenv("PICTURE3D_CACHE_GB", "1e-6")
     with pytest.raises(DataError, match=r"does not fit\. Set PICTURE3D_CACHE_GB higher"):
@@ -230,26 +248,32 @@ def test_what_a_killed_process_left_is_cleared(store, local, tmp_path, monkeypat
     assert cached(tmp_path) == ["a"]
 
 
-def _read(url: str, start: Any, out: Any) -> None:
-    start.wait()
-    try:
-        dataset = PreparedDataset(Path(url))
-        out.put([float(dataset.frame(FrameKey(log, 1)).points.xyz.sum()) for log in "abcd"])
-    except Exception as error:  # to be seen by the test
-        out.put(str(error))
+_READ_ALL = """
+import sys
+from pathlib import Path
+from picture3d.datasets.prepared import FrameKey, PreparedDataset
+print("ready", flush=True)
+sys.stdin.readline()
+dataset = PreparedDataset(Path(sys.argv[1]))
+print([float(dataset.frame(FrameKey(log, 1)).points.xyz.sum()) for log in "abcd"])
+"""
 
 
 def test_two_processes_share_the_cache_and_fetch_each_log_once(store, local):
-    context = multiprocessing.get_context("spawn")
-    start, out = context.Barrier(2), context.Queue()
-    workers = [context.Process(target=_read, args=(store.url, start, out)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    found = [out.get(timeout=60) for _ in workers]
-    for worker in workers:
-        worker.join()
+    readers = [
+        subprocess.Popen([sys.executable, "-c", _READ_ALL, store.url], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for reader in readers:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "ready\n"
+    for reader in readers:
+        assert reader.stdin is not None
+        reader.stdin.write("go\n")
+        reader.stdin.flush()
+    found = [reader.communicate(timeout=120)[0].strip() for reader in readers]
     dataset = PreparedDataset(local)
-    assert found == [[float(dataset.frame(FrameKey(log, 1)).points.xyz.sum()) for log in "abcd"]] * 2
+    assert found == [str([float(dataset.frame(FrameKey(log, 1)).points.xyz.sum()) for log in "abcd"])] * 2
     assert sorted(store.logs()) == ["a", "b", "c", "d"]
 
 
@@ -264,6 +288,10 @@ def test_what_lies_beside_the_frames_comes_too_or_is_refused_in_words(store, loc
     assert (there.notes_folder / "box_counts" / "min1.json").exists()
     with pytest.raises(ConfigError, match="stored targets are read from this machine only"):
         build_targets(TargetsConfig(), Path(store.url), torch.device("cpu"))
+    with pytest.raises(DataError, match="occupancy labels are read from this machine only"):
+        there.occupancy()
+    with pytest.raises(DataError, match="only frames on this machine can be checked"):
+        check_prepared(Path(store.url))
     with pytest.raises(DataError, match="prepared into a folder of this machine"):
         open_for_writing(Path(store.url))
 
