@@ -69,6 +69,27 @@ def add_occupancy(file: BlockWriter, frame: int, token: str, occupancy: Occupanc
     file.add(frame, steps + label, token, len(occupancy), len(steps))
 
 
+def read_occupancy(file: BlockFile, frame: int, grid: OccupancyGrid) -> Occupancy:
+    """The labels of a frame out of its log's file.
+
+    Raises:
+        DataError: if there are none, or the block does not hold them.
+    """
+    data = file.read(frame)
+    block = file.blocks[frame]
+    try:
+        _, count, split = block.about
+        count, split = int(count), int(split)
+        steps = decode(data[:split], PLANES, "<u4", (count,))
+        label = decode(data[split:], PLANES, "|u1", (count,)).view(np.uint8)
+        keys = np.cumsum(steps, dtype=np.int64)
+        if count and keys[-1] >= grid.cells:
+            raise ValueError(f"voxel {keys[-1]} lies outside of the grid")
+        return Occupancy(grid.cells_of(keys), label, grid)
+    except (DataError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{file.path}: frame {frame} at byte {block.offset}: {error}. {KIND.mend}") from None
+
+
 class OccupancyStore:
     """Reads attached labels. Usable from threads, after a fork and after being sent to another process."""
 
@@ -141,25 +162,13 @@ class OccupancyStore:
         if file is None or block is None:
             return None
         place = f"{file.path}: frame {frame}"
-        try:
-            own, count, split = str(block.about[0]), int(block.about[1]), int(block.about[2])
-        except (IndexError, TypeError, ValueError) as error:
-            raise DataError(f"{place}: its row of the index is garbled ({error}). {KIND.mend}") from None
+        own = self.token(log, frame)
         if own != token:
             raise DataError(
                 f"{place}: these labels belong to sweep {own}, the frame is sweep {token}. "
                 "The frames were prepared anew since: run `picture3d prepare occupancy` again."
             )
-        data = file.read(frame)
-        try:
-            steps = decode(data[:split], PLANES, "<u4", (count,))
-            label = decode(data[split:], PLANES, "|u1", (count,)).view(np.uint8)
-            keys = np.cumsum(steps, dtype=np.int64)
-            if count and not 0 <= keys[-1] < self.grid.cells:
-                raise ValueError(f"voxel {keys[-1]} lies outside of the grid")
-            return Occupancy(self.grid.cells_of(keys), label, self.grid)
-        except (DataError, ValueError) as error:
-            raise DataError(f"{place} at byte {block.offset}: {error}. {KIND.mend}") from None
+        return read_occupancy(file, frame, self.grid)
 
     def of(self, frame: Frame) -> Occupancy | None:
         """The labels of a frame; None where it has none. Errors as :meth:`read`."""

@@ -45,14 +45,21 @@ class OccupancyGrid:
 
     def keys(self, index: NDArray[np.integer]) -> NDArray[np.int64]:
         """(M,) int64 keys ``(x * Y + y) * Z + z`` of (M, 3) cells; they rise in the order of x, then y, then z."""
-        x, y, z = np.asarray(index, np.int64).T
-        return (x * self.shape[1] + y) * self.shape[2] + z
+        keys = index[:, 0].astype(np.int64)
+        for axis in (1, 2):
+            keys *= self.shape[axis]
+            keys += index[:, axis]
+        return keys
 
     def cells_of(self, keys: NDArray[np.integer]) -> NDArray[np.int16]:
         """(M, 3) int16 cells x, y, z of (M,) keys; the inverse of :meth:`keys`."""
-        rest, z = np.divmod(np.asarray(keys, np.int64), self.shape[2])
-        x, y = np.divmod(rest, self.shape[1])
-        return np.stack([x, y, z], axis=1).astype(np.int16)
+        # Quotients by a scalar are vectorised, remainders are not; half the bytes take half the time.
+        keys = np.asarray(keys).astype(np.uint32 if self.cells <= 1 << 32 else np.int64)
+        column = keys // self.shape[2]
+        x = column // self.shape[1]
+        out = np.empty((len(keys), 3), np.int16)
+        out[:, 0], out[:, 1], out[:, 2] = x, column - x * self.shape[1], keys - column * self.shape[2]
+        return out
 
     def locate(self, points: NDArray[np.floating]) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
         """The cells (M, 3) of those points (N, 3) that lie inside, and (N,) which these are; NaN lies outside."""
@@ -76,9 +83,9 @@ class Occupancy:
             raise ValueError(f"{len(self.index)} occupied cells need as many uint8 labels, got {self.label.shape}")
         if len(self.index) == 0:
             return
-        if self.index.min() < 0 or (self.index.max(axis=0) >= self.grid.shape).any():
-            raise ValueError(f"an occupied cell lies outside of the grid of {self.grid.shape} cells")
-        if (np.diff(self.grid.keys(self.index)) <= 0).any():
+        _refuse_outside(self.index, self.grid)
+        keys = self.grid.keys(self.index)
+        if (keys[1:] <= keys[:-1]).any():
             raise ValueError("occupied cells must be sorted by x, then y, then z, and none may come twice")
         if self.label.min() == FREE:
             raise ValueError(f"label {FREE} means free: such a cell is not listed")
@@ -98,8 +105,7 @@ class Occupancy:
         Raises:
             ValueError: if a cell lies outside or comes twice, or a label is 0.
         """
-        if len(index) and (np.min(index) < 0 or (np.max(index, axis=0) >= grid.shape).any()):
-            raise ValueError(f"an occupied cell lies outside of the grid of {grid.shape} cells")
+        _refuse_outside(index, grid)
         order = np.argsort(grid.keys(index), kind="stable")
         return Occupancy(np.asarray(index, np.int16).reshape(-1, 3)[order], label[order], grid)
 
@@ -169,3 +175,11 @@ class Occupancy:
         if turns % 2:
             x, y = last_y - y, x  # (x, y) -> (-y, x)
         return Occupancy.of_cells(np.stack([x, y, z], axis=1), self.label, self.grid)
+
+
+def _refuse_outside(index: NDArray[np.integer], grid: OccupancyGrid) -> None:
+    # Column by column: numpy is several times slower along a short axis.
+    for axis, side in enumerate(grid.shape):
+        column = index[:, axis]
+        if len(column) and not 0 <= int(column.min()) <= int(column.max()) < side:
+            raise ValueError(f"an occupied cell lies outside of the grid of {grid.shape} cells")
