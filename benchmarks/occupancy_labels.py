@@ -103,7 +103,8 @@ def main() -> None:
             )
     print(
         f"\nmeans of {args.frames} keyframes, best of {REPEATS}; {platform.system()} {platform.machine()}, "
-        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, numpy {np.__version__}, zlib {zlib.ZLIB_VERSION}"
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, numpy {np.__version__}, "
+        f"zlib {zlib.ZLIB_VERSION}"
     )
 
 
