@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from picture3d.errors import DataError
 from picture3d.formats.feather import need_pyarrow, numpy_column
+from picture3d.formats.parquet_footer import column_sizes
 
 _MAX_ROWS = 1 << 22
 _MAX_VALUES = 1 << 26  # of one column of a table that is read whole
@@ -56,24 +57,20 @@ def rows_of(path: Path) -> int:
         return int(file.metadata.num_rows)
 
 
-def refuse_absurd(path: Path, file: Any, columns: Sequence[str], most: int) -> None:
+def refuse_absurd(path: Path, columns: Sequence[str], most: int) -> None:
     """Refuses a file whose footer tells of more than `most` values per row in one of the columns, before they are decoded.
 
     Raises:
         DataError: naming the row group and the column.
     """
-    for group in range(file.metadata.num_row_groups):
-        of = file.metadata.row_group(group)
-        for i in range(of.num_columns):
-            column = of.column(i)
-            # A list column is called by the path of its items.
-            path_of = column.path_in_schema
-            asked = any(path_of == name or path_of.startswith(f"{name}.") for name in columns)
-            if asked and not 0 <= column.num_values <= max(of.num_rows, 1) * most:
-                raise DataError(
-                    f"{path}: row group {group} claims {column.num_values} values of {path_of} in {of.num_rows} rows, more "
-                    f"than {most} in each. It was not read."
-                )
+    for size in column_sizes(path):
+        # A list column is called by the path of its items.
+        asked = any(size.column == name or size.column.startswith(f"{name}.") for name in columns)
+        if asked and not 0 <= size.values <= max(size.rows, 1) * most:
+            raise DataError(
+                f"{path}: row group {size.row_group} claims {size.values} values of {size.column} in {size.rows} rows, more "
+                f"than {most} in each. It was not read."
+            )
 
 
 def read_parquet(path: Path, columns: Mapping[str, str]) -> dict[str, NDArray[Any]]:
@@ -92,7 +89,7 @@ def read_parquet(path: Path, columns: Mapping[str, str]) -> dict[str, NDArray[An
     with open_parquet(path, list(columns)) as file:
         if file.metadata.num_rows > _MAX_ROWS:
             raise DataError(f"{path}: {file.metadata.num_rows} rows, more than the {_MAX_ROWS} such a table may have.")
-        refuse_absurd(path, file, list(columns), max(64, _MAX_VALUES // max(1, file.metadata.num_rows)))
+        refuse_absurd(path, list(columns), max(64, _MAX_VALUES // max(1, file.metadata.num_rows)))
         table = file.read(columns=list(columns), use_threads=False)
         table.validate(full=True)
         return {name: _column(table.column(name), kind, f"{path}, column {name}") for name, kind in columns.items()}

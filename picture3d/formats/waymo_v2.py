@@ -185,7 +185,7 @@ class ImageRows:
     def _rows(self, lasers: Sequence[int]) -> Iterator[tuple[int, int, tuple[NDArray[Any] | None, ...]]]:
         columns = self._images.columns
         with open_parquet(self._path, [_TIME, _LASER, *columns]) as file:
-            refuse_absurd(self._path, file, columns, MAX_PIXELS * self._images.channels)
+            refuse_absurd(self._path, columns, MAX_PIXELS * self._images.channels)
             row = 0
             for batch in file.iter_batches(_BATCH, columns=[_TIME, _LASER, *columns], use_threads=False):
                 for i in range(batch.num_rows):
