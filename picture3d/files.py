@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 from picture3d.errors import DataError
 
 PARTIAL_SUFFIX = ".partial"
+_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path keeps one of the slashes
 
 
 @contextmanager
@@ -27,6 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         DataError: if the folder cannot be written or the disk is full.
     """
+    refuse_url(path)
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +147,18 @@ def read_bounded(path: Path, *, max_bytes: int) -> bytes:
     return data
 
 
+def refuse_url(path: Path) -> None:
+    """Lets the paths of this machine pass, before a folder called ``s3:`` is made.
+
+    Raises:
+        DataError: if `path` is a URL: frames may be read from one, nothing is written to one.
+    """
+    if _URL.match(str(path)):
+        raise DataError(
+            f"{path}: nothing is written to a URL. Name a folder of this machine, and upload that when it is whole."
+        )
+
+
 LOCK_NAME = ".writer.lock"
 _MAX_LOCK_BYTES = 4096
 _held: dict[Path, int] = {}  # folders that this process writes to, and how often it said so
@@ -160,6 +175,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     Raises:
         DataError: naming the process that holds the folder; or if the folder cannot be written.
     """
+    refuse_url(folder)
     place = Path(folder).resolve()
     if place in _held:
         _held[place] += 1

@@ -13,7 +13,8 @@ from picture3d.datasets.check_raw import check_raw_nuscenes, is_raw_nuscenes
 from picture3d.datasets.check_waymo import check_raw_waymo, check_raw_waymo_v2
 from picture3d.datasets.object_database import databases_of
 from picture3d.datasets.occupancy_store import OccupancyStore, has_occupancy
-from picture3d.datasets.prepared import FrameKey, PreparedDataset, log_path
+from picture3d.datasets.prepared import FrameKey, PreparedDataset
+from picture3d.datasets.remote import remote_url
 from picture3d.datasets.waymo_v2 import waymo_version
 from picture3d.errors import DataError
 from picture3d.files import whole_file
@@ -28,7 +29,7 @@ def check(folder: Path, *, as_json: bool) -> tuple[str, bool]:
         DataError: if the folder holds neither prepared frames nor raw data of a known kind.
     """
     with Progress("check", unit="frames") as progress:
-        if (folder / "dataset.json").exists():
+        if remote_url(folder) is not None or (folder / "dataset.json").exists():
             report = with_occupancy(check_prepared(folder, progress=progress))
         elif is_raw_nuscenes(folder):
             report = check_raw_nuscenes(folder, progress=progress)
@@ -68,7 +69,7 @@ def data_info(folder: Path, *, as_json: bool, picture: Path | None, frame: int) 
         "labelled_frames": sum(s.labelled for s in summaries),
         "points": sum(s.points for s in summaries),
         "boxes": sum(s.boxes for s in summaries),
-        "bytes": sum(log_path(folder, log).stat().st_size for log in logs),
+        "bytes": sum(s.bytes for s in summaries),
         "targets": stores,
         "objects": databases_of(folder),
         "occupancy": _occupancy(folder),

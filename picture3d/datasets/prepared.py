@@ -18,7 +18,7 @@ from picture3d.datasets.occupancy_store import OccupancyStore
 from picture3d.datasets.remote import MissingObject, RemoteFolder, remote_url
 from picture3d.datasets.sensor_intensity import MAX_TABLE_BYTES, TABLE_NAME, IntensityTable
 from picture3d.errors import DataError
-from picture3d.files import parse_json_object, read_bounded, read_json_object, write_json
+from picture3d.files import parse_json_object, read_bounded, read_json_object, refuse_url, write_json
 from picture3d.structures.frame import Frame
 
 __all__ = [
@@ -246,8 +246,7 @@ def open_for_writing(root: Path) -> None:
     Raises:
         DataError: if the folder holds something else, or cannot be written.
     """
-    if remote_url(root) is not None:
-        raise DataError(f"{root}: frames are prepared into a folder of this machine. Upload that folder when it is finished.")
+    refuse_url(root)
     path = root / "dataset.json"
     if path.exists() and read_json_object(path, max_bytes=_MAX_DATASET_JSON).get("format") != _FORMAT:
         raise DataError(f"{path}: belongs to something else than prepared frames. Choose another output folder.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 
 
 class ObjectStore(ThreadingHTTPServer):
-    """Counts what was fetched; `trouble` is taken from the front, one entry per GET: cut, 503, garble, "" for none."""
+    """Counts what was fetched; `trouble` is taken from the front, one entry per GET: cut, 503, garble, slow, "" for none."""
 
     daemon_threads = True
 
@@ -55,6 +56,8 @@ class _Handler(SimpleHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+        if trouble == "slow":
+            time.sleep(0.3)
         self.wfile.write(content[: len(content) // 2] if trouble == "cut" else content)
         self.close_connection = True
 
