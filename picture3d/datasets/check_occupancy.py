@@ -7,6 +7,8 @@ kind                       level    meaning
 ``occupancy-foreign``      error    labels belong to other sweeps than the frames of now, or to no frame
 ``occupancy-set-aside``    error    a label file of the log could not be read when labels were attached
 ``occupancy-partly``       warning  some keyframes of a log have labels and others have none
+``occupancy-elsewhere``    warning  fewer than 60 % of a log's points in the grid lie in occupied cells; labels made from these
+                                    sweeps cover nearly all of them, turned ones of a town a third to a half
 =========================  =======  =========================================================================================
 """
 
@@ -19,6 +21,9 @@ from picture3d.datasets.check import CheckReport, Finding, LogFindings
 from picture3d.datasets.occupancy_store import OccupancyStore, has_occupancy
 from picture3d.datasets.prepared import PreparedDataset
 from picture3d.errors import DataError
+from picture3d.structures.occupancy import FREE
+
+MIN_COVERED = 0.6
 
 
 def with_occupancy(report: CheckReport) -> CheckReport:
@@ -53,21 +58,29 @@ def _look_at(dataset: PreparedDataset, store: OccupancyStore, log: str) -> Itera
         yield Finding("error", "damaged", log, str(error))
         return
     keyframes = set(reader.keyframes)
+    covered = within = 0
     for frame in frames:
         if frame not in keyframes:
             found.add("error", "occupancy-foreign", f"labels of frame {frame}, which is no keyframe")
             continue
         try:
-            token = reader.token(frame)
+            token, points = reader.token(frame), reader.frame(frame, ()).points.xyz
         except DataError:
             continue  # the frame itself is damaged, which its own check says
         if token != store.token(log, frame):
             found.add("error", "occupancy-foreign", f"frame {frame} is sweep {token}, its labels are not")
             continue
         try:
-            store.read(log, frame, token)
+            occupancy = store.read(log, frame, token)
         except DataError as error:
             found.add("error", "damaged", str(error))
+            continue
+        if occupancy is not None:
+            covered += int((occupancy.at(points) != FREE).sum())
+            within += int(occupancy.grid.contains(points).sum())
+    if within and covered < MIN_COVERED * within:
+        what = f"{100 * covered / within:.0f} % of the keyframes' points in the grid lie in occupied cells"
+        found.add("warning", "occupancy-elsewhere", f"{what}; are the labels of these sweeps, in the LiDAR frame, z y x?")
     bare = len(keyframes) - len(frames)
     if frames and bare > 0:
         found.add("warning", "occupancy-partly", f"{len(frames)} of {len(keyframes)} keyframes have labels", bare)

@@ -17,6 +17,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from picture3d.datasets.remote import remote_url
 from picture3d.errors import DataError
 from picture3d.files import read_json_object
 from picture3d.formats.block_file import BlockFile, BlockKind, BlockWriter
@@ -48,13 +49,22 @@ class LogOccupancy:
 
 
 def occupancy_folder(prepared_root: Path) -> Path:
-    """Where occupancy labels are kept in a folder of prepared frames."""
+    """Where occupancy labels are kept in a folder of prepared frames.
+
+    Raises:
+        DataError: if the frames lie in a remote store: labels are kept and read on disks only.
+    """
+    if remote_url(prepared_root) is not None:
+        raise DataError(
+            f"{prepared_root}: occupancy labels are kept on a disk, not in a remote store. Copy the folder of prepared frames "
+            "and name the copy."
+        )
     return prepared_root / "occupancy"
 
 
 def has_occupancy(prepared_root: Path) -> bool:
-    """Whether labels were attached, to the end."""
-    return (occupancy_folder(prepared_root) / "occupancy.json").exists()
+    """Whether labels were attached, to the end; never to frames in a remote store."""
+    return remote_url(prepared_root) is None and (occupancy_folder(prepared_root) / "occupancy.json").exists()
 
 
 def occupancy_path(prepared_root: Path, log: str) -> Path:
@@ -80,6 +90,8 @@ def read_occupancy(file: BlockFile, frame: int, grid: OccupancyGrid) -> Occupanc
     try:
         _, count, split = block.about
         count, split = int(count), int(split)
+        if count > grid.cells:
+            raise ValueError(f"claims {count} voxels, the grid has {grid.cells}")
         steps = decode(data[:split], PLANES, "<u4", (count,))
         label = decode(data[split:], PLANES, "|u1", (count,)).view(np.uint8)
         keys = np.cumsum(steps, dtype=np.int64)

@@ -61,6 +61,10 @@ class OccupancyGrid:
         out[:, 0], out[:, 1], out[:, 2] = x, column - x * self.shape[1], keys - column * self.shape[2]
         return out
 
+    def contains(self, points: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """(N,) which points (N, 3) lie inside; NaN lies outside."""
+        return self.locate(points)[1]
+
     def locate(self, points: NDArray[np.floating]) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
         """The cells (M, 3) of those points (N, 3) that lie inside, and (N,) which these are; NaN lies outside."""
         scaled = (np.asarray(points, np.float64) - self.origin) / self.cell_m

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,20 @@ def test_info_and_check_know_of_the_labels(town):
     assert info["occupancy"]["bytes"] == sum(path.stat().st_size for path in (town / "prepared/occupancy").glob("*.occ"))
     report = json.loads(run("check", town / "prepared", "--json").splitlines()[-1])
     assert report["sound"]
+    assert report["findings"] == []
     assert report["counts"]["occupied voxels"] == info["occupancy"]["voxels"]
+
+
+def test_labels_of_swapped_axes_are_pointed_at(town, tmp_path):
+    for path in (town / "raw" / OCCUPANCY_FOLDER).rglob("*.npy"):
+        copy = tmp_path / path.relative_to(town / "raw")
+        copy.parent.mkdir(parents=True)
+        np.save(copy, np.load(path)[:, [0, 2, 1, 3]])
+    shutil.copytree(town / "prepared", tmp_path / "prepared", ignore=shutil.ignore_patterns("occupancy"))
+    run("prepare", "occupancy", tmp_path, tmp_path / "prepared")
+    report = json.loads(run("check", tmp_path / "prepared", "--json").splitlines()[-1])
+    assert report["sound"]
+    assert {(finding["level"], finding["kind"]) for finding in report["findings"]} == {("warning", "occupancy-elsewhere")}
 
 
 def test_stored_labels_take_a_fortieth_of_the_files_at_most(town):
