@@ -1,4 +1,8 @@
-"""A server of files over HTTP on this machine that can be told to fail."""
+"""A server of files over HTTP on this machine that can be told to fail. A path-style S3 client finds a bucket in each folder.
+
+Of the S3 interface it knows what reading needs: HeadObject, GetObject with a range, the answer for an object that is not
+there. It asks for no signature.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,7 @@ class ObjectStore(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
         self.fetched: list[str] = []
         self.trouble: list[str] = []
+        self.knows_ranges = False
 
     @property
     def url(self) -> str:
@@ -48,12 +53,16 @@ class _Handler(SimpleHTTPRequestHandler):
             return
         path = Path(self.translate_path(self.path))
         if not path.is_file():
-            self.send_error(404)
+            self.send_error(404, explain="<Error><Code>NoSuchKey</Code></Error>")
             return
         content = bytearray(path.read_bytes())
         if trouble == "garble":
             content[len(content) // 3] ^= 255
-        self.send_response(200)
+        start, end = _range(self.headers.get("Range", ""), len(content)) if store.knows_ranges else (0, len(content))
+        self.send_response(200 if end - start == len(content) else 206)
+        if end - start < len(content):
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
+            content = content[start:end]
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if trouble == "slow":
@@ -63,6 +72,12 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+
+def _range(header: str, size: int) -> tuple[int, int]:
+    """First byte and the one behind the last, of ``bytes=first-last``."""
+    first, _, last = header.removeprefix("bytes=").partition("-")
+    return (int(first), min(int(last) + 1, size) if last else size) if first.isdecimal() else (0, size)
 
 
 @contextmanager

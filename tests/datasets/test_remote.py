@@ -113,6 +113,52 @@ def test_any_file_system_of_fsspec_will_do(local, store):
         memory.rm("/frames", recursive=True)
 
 
+@pytest.fixture
+def bucket(store, monkeypatch, local):
+    """The same files as objects of a bucket, ``s3://frames``, for the S3 client that users have."""
+    (local / "frames").mkdir()
+    for name in ("dataset.json", "logs"):
+        (local / "frames" / name).symlink_to(local / name)
+    store.knows_ranges = True
+    for name, value in {
+        "ENDPOINT_URL": store.url,
+        "ACCESS_KEY_ID": "x",
+        "SECRET_ACCESS_KEY": "y",
+        "DEFAULT_REGION": "here",
+    }.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    yield store
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_an_object_store_is_read_through_its_own_client(bucket, local, tmp_path):
+    there = FrameBatches(DataConfig(root=Path("s3://frames"), shuffle_window=1), batch_size=3, seed=1)
+    here = FrameBatches(DataConfig(root=local, shuffle_window=1), batch_size=3, seed=1)
+    for one, two in zip(here.epoch(0), there.epoch(0), strict=True):
+        assert_same(one, two)
+    assert set(bucket.logs()) == {"a", "b", "c", "d"}
+    assert cached(tmp_path) == ["a", "b", "c", "d"]
+
+
+def test_an_object_that_is_not_in_the_store_is_said_at_once(bucket, local):
+    with pytest.raises(MissingObject, match=r"s3://frames/none/dataset\.json: is not there"):
+        PreparedDataset(Path("s3://frames/none"))
+    dataset = PreparedDataset(Path("s3://frames"))
+    (local / "logs" / "b.p3d").unlink()
+    with pytest.raises(MissingObject, match=r"s3://frames/logs/b\.p3d: is not there"):
+        dataset.frame(FrameKey("b", 0))
+
+
+def test_a_transfer_from_an_object_store_that_is_spoilt_or_cut_is_repeated(bucket, local):
+    dataset = PreparedDataset(Path("s3://frames"))
+    bucket.trouble = ["garble", "cut"]
+    got = dataset.frame(FrameKey("a", 0)).points.xyz
+    assert np.array_equal(got, PreparedDataset(local).frame(FrameKey("a", 0)).points.xyz)
+    assert bucket.logs().count("a") >= 3
+
+
 def test_the_cache_keeps_its_limit_and_drops_what_was_not_used_for_longest(local, store, tmp_path, monkeypatch):
     size = max(path.stat().st_size for path in (local / "logs").iterdir())
     monkeypatch.setenv("PICTURE3D_CACHE_GB", str(2.5 * size / 1e9))
