@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from picture3d.cli import app
 from picture3d.recipes.catalogue import detection_recipe, pretraining_recipe, segmentation_recipe, tiny
+from picture3d.synthetic.occupancy import write_occupancy
 
 TIMES = {"seconds", "data_seconds"}
 NOT_COMPARED = {"log.txt", "environment.json"}  # they tell of times, machines and interruptions
@@ -38,6 +39,10 @@ class Place:
                 return ["synth", str(out), *town]
             case "synth waymo":
                 return ["synth", str(out), "--format", "waymo", "--scenes", "2", "--keyframes", "2", "--val-scenes", "1"]
+            case "synth occupancy":
+                return ["synth", str(out), *town, "--occupancy"]
+            case "occupancy":
+                return ["prepare", "occupancy", raw, str(out)]
             case "prepare":
                 return ["prepare", "nuscenes", raw, str(out)]
             case "targets":  # they are written beside the frames: each run has frames of its own
@@ -53,7 +58,9 @@ class Place:
 
     def before(self, name: str, out: Path) -> None:
         """What has to be in `out` before the command runs."""
-        if name in {"targets", "objects"}:
+        if name == "occupancy":
+            write_occupancy(self.root / "raw")  # the first time
+        if name in {"targets", "objects", "occupancy"}:
             subprocess.run(["cp", "-r", str(self.root / "prepared"), str(out)], check=True)
 
 
@@ -150,7 +157,11 @@ def test_a_killed_command_ends_as_an_unbroken_one(place, tmp_path, name):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "name", ["synth", "synth waymo", "prepare", "targets", "objects", "pretrain", "segmentation", "detection"]
-)
+    "name",
+    [
+        "synth", "synth waymo", "synth occupancy", "prepare", "occupancy", "targets", "objects", "pretrain", "segmentation",
+        "detection",
+    ],
+)  # fmt: skip
 def test_a_command_killed_three_times_ends_as_an_unbroken_one(place, tmp_path, name):
     killed_and_finished(place, tmp_path, name, seed=2, kills=3)
