@@ -1,7 +1,9 @@
 """Codecs of stored columns: array <-> bytes. Sizes are bounded before anything is allocated.
 
 ``raw``            the array's bytes, little-endian, row by row
-``zlib-planes``    lossless: byte i of every row stored together (one plane per byte of a row), then zlib level 1
+``zlib-planes``    lossless: byte i of every row stored together (one plane per byte of a row), then zlib level 1; a plane that
+                   would keep more than half of its size is left as it is (stored blocks of the same zlib stream): reading
+                   it would cost more time than it saves room
 ``zlib-grid:STEP`` lossy, float32 only: every value rounded to a multiple of STEP, stored as the difference to the row
                    above, in byte planes, then zlib level 1. The error is at most STEP / 2 (plus float32 rounding)
 
@@ -11,6 +13,7 @@ The choice was measured: see docs/data_format.md and benchmarks/prepared_contain
 from __future__ import annotations
 
 import math
+import struct
 import zlib
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +28,8 @@ MAX_COLUMN_BYTES = 1 << 30
 # Deflate cannot shrink data by more than about 1032 to 1, so a larger claim is a lie and is refused unread.
 _MAX_INFLATION = 1040
 _ZLIB_LEVEL = 1
+_STORED_ABOVE = 0.5  # share of its size that a plane keeps; see benchmarks/prepared_container.py
+_STORED_BLOCK = 0xFFFF  # bytes a stored block of a deflate stream can hold
 
 
 class CodecKind(StrEnum):
@@ -88,9 +93,9 @@ def encode(column: NDArray[np.generic], codec: Codec, *, level: int = _ZLIB_LEVE
         case CodecKind.RAW:
             return column.tobytes()
         case CodecKind.PLANES:
-            return zlib.compress(_to_planes(column), level)
+            return _deflate(_to_planes(column), level)
         case CodecKind.GRID:
-            return zlib.compress(_to_planes(_to_grid_steps(column, codec.step)), level)
+            return zlib.compress(_to_planes(_to_grid_steps(column, codec.step)).tobytes(), level)
 
 
 def decode(data: bytes, codec: Codec, dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
@@ -147,17 +152,40 @@ def _inflate(data: bytes, size: int) -> bytes:
     return out
 
 
-def _to_planes(column: NDArray[np.generic]) -> bytes:
+def _deflate(planes: NDArray[np.uint8], level: int) -> bytes:
+    """A zlib stream (RFC 1950, 1951) of all planes, one after another: each compressed by itself, or in stored blocks."""
+    out = [b"\x78\x01"]
+    check = 1
+    for plane in planes:
+        data = plane.tobytes()
+        check = zlib.adler32(data, check)
+        deflator = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
+        short = deflator.compress(data) + deflator.flush(zlib.Z_FULL_FLUSH)
+        if len(short) <= _STORED_ABOVE * len(data):
+            out.append(short)
+            continue
+        for begin in range(0, len(data), _STORED_BLOCK):
+            block = data[begin : begin + _STORED_BLOCK]
+            out += [struct.pack("<BHH", 0, len(block), len(block) ^ 0xFFFF), block]
+    out.append(struct.pack("<BHH", 1, 0, 0xFFFF) + struct.pack(">I", check))  # a last, empty block
+    return b"".join(out)
+
+
+def _to_planes(column: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """(bytes of a row, rows)."""
     if column.size == 0:
-        return b""
-    return column.reshape(-1).view(np.uint8).reshape(len(column), -1).T.tobytes()
+        return np.zeros((0, 0), np.uint8)
+    return column.reshape(-1).view(np.uint8).reshape(len(column), -1).T
 
 
 def _from_planes(data: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
     if not data:
         return np.zeros(shape, dtype)
     planes = np.frombuffer(data, np.uint8).reshape(-1, shape[0])
-    return np.array(planes.T, order="C").view(dtype).reshape(shape)  # a copy in every case: writable
+    rows = np.empty(planes.shape[::-1], np.uint8)
+    for place, plane in enumerate(planes):  # a third of the time that one assignment takes
+        rows[:, place] = plane
+    return rows.view(dtype).reshape(shape)
 
 
 def _to_grid_steps(column: NDArray[np.generic], step: float) -> NDArray[np.uint32]:

@@ -114,3 +114,19 @@ def test_any_bytes_give_an_array_or_our_own_error(data, codec, dtype, rows):
         except DataError:
             continue
         assert found.shape == (rows,)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 70_000, 140_000])
+def test_planes_are_one_zlib_stream_whether_compressed_or_stored(rows):
+    rng = np.random.default_rng(rows)
+    column = np.zeros((rows, 3), np.float32)
+    column[:, 0] = rng.normal(size=rows)  # mantissas that do not compress, beside exponents and zeros that do
+    column[:, 1] = np.arange(rows) % 7
+    data = encode(column, PLANES)
+    planes = column.reshape(-1).view(np.uint8).reshape(rows, -1).T if rows else column.view(np.uint8)
+    assert zlib.decompress(data) == planes.tobytes()
+    if rows > 1000:
+        mantissa = np.ascontiguousarray(planes[0]).tobytes()
+        assert mantissa[:65535] in data, "bytes that do not compress stand in the file as they are"
+        assert len(data) < 0.5 * column.nbytes
+    np.testing.assert_array_equal(decode(data, PLANES, "<f4", (rows, 3)), column)
