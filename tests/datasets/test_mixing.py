@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from picture3d.datasets.loading import FrameBatches
+from picture3d.datasets.object_building import build_object_database
 from picture3d.datasets.samples import DataConfig
 from picture3d.errors import ConfigError, DataError, TrainingError
 from picture3d.structures.frame import Frame
@@ -18,6 +19,7 @@ from picture3d.structures.targets import FrameTargets
 from picture3d.training.loop import TrainingConfig, fit
 from picture3d.training.runlog import RunFolder
 from tests.datasets.made_frames import made_frame, write_made_dataset
+from tests.datasets.object_scenes import box_points, boxes_of, cloud_of, frame_of, write_scenes
 from tests.training.tiny_task import TinyTask
 
 
@@ -226,3 +228,33 @@ def test_a_changed_weight_or_source_is_refused_in_words(roots, tmp_path):
     write_plain(roots[1], "abc", 7, seed=10, elongation=False)
     with pytest.raises(TrainingError, match=r"'two' logs \(then "):
         train(config(roots, weight=1.3), tmp_path / "run", resume=True)
+
+
+def write_street(root: Path, *, log: str, seed: int) -> Path:
+    """Three frames with a car each, and a database of them."""
+    rng = np.random.default_rng(seed)
+    frames = []
+    for index in range(3):
+        row = [8.0 + 2 * index, -12.0 + 8 * index, 0, 4, 2, 2, 0.3 * index]
+        frames.append(frame_of(cloud_of(box_points(row, 30, rng)), boxes_of([("vehicle.car", row)]), index=index, log=log))
+    write_scenes(root, {log: frames})
+    build_object_database(root, name="all", split=None)
+    return root
+
+
+def test_objects_are_pasted_from_each_datasets_own_database(tmp_path):
+    one, two = write_street(tmp_path / "one", log="x", seed=1), write_street(tmp_path / "two", log="y", seed=2)
+    settings: dict[str, Any] = {
+        "box_classes": ("car",),
+        "sweeps": 1,
+        "labels": False,
+        "split": None,
+        "augment": None,
+        "objects": {"database": "all", "fill_to": {"car": 3}},
+    }
+    batches = FrameBatches(config((one, two), source={"split": None}, **settings), batch_size=1, seed=1)
+    databases = [source.sampler.database.path for source in batches.sources if source.sampler is not None]
+    assert databases == [one / "objects" / "all.objects", two / "objects" / "all.objects"]
+    counts = [0 if batch.boxes is None else len(batch.boxes) for batch in batches.epoch(0)]
+    assert len(counts) == 6
+    assert max(counts) > 1

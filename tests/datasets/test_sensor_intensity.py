@@ -13,6 +13,7 @@ from picture3d.datasets.sensor_intensity import IntensityTable, measure_intensit
 from picture3d.errors import ConfigError, DataError
 from picture3d.structures.points import IntensityUnit, PointCloud
 from tests.datasets.made_frames import made_frame, write_made_dataset
+from tests.sample_data import sample_path
 
 
 def cloud(values: np.ndarray, sensor: np.ndarray | None = None, unit: IntensityUnit = IntensityUnit.RAW_255) -> PointCloud:
@@ -139,3 +140,38 @@ def test_a_dataset_without_points_has_no_table(tmp_path):
     dataset = PreparedDataset(write_made_dataset(tmp_path, {"a": [made_frame("a", 0, points=0)]}))
     with pytest.raises(DataError, match="holds no point"):
         measure_intensity(dataset)
+
+
+def largest_gap(one: np.ndarray, two: np.ndarray) -> float:
+    """The Kolmogorov-Smirnov distance of two samples: the largest gap of their distribution functions."""
+    at = np.concatenate([one, two])
+    below = [np.searchsorted(np.sort(values), at, side="right") / len(values) for values in (one, two)]
+    return float(np.abs(below[0] - below[1]).max())
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("unit", 0.17), ("sensor_scale", 0.155), ("sensor_quantile", 0.06)])
+def test_real_sweeps_of_two_sensors_have_alike_intensities_by_tables_of_other_frames(tmp_path, kind, expected):
+    """Measured on frames that the tables were not taken from: nuScenes' LiDAR and Waymo's, of other streets."""
+    nuscenes = [np.load(sample_path(f"nuscenes/keyframe_sequence/pc/pc{i}.npy")) for i in range(6)]
+    waymo = [
+        np.fromfile(sample_path(f"waymo/lidar_frames/seq_0_frame_{i}.bin"), np.float32).reshape(-1, 5) for i in range(100, 106)
+    ]
+    mapped = []
+    for name, sweeps, unit in (("nu", nuscenes, IntensityUnit.RAW_255), ("wa", waymo, IntensityUnit.TANH)):
+        frames = []
+        for index, sweep in enumerate(sweeps):
+            log = "train" if index < 3 else "val"
+            points = PointCloud(sweep[:, :3].astype(np.float32), sweep[:, 3].astype(np.float32), unit)
+            frames.append(
+                replace(made_frame(log, index % 3), points=points, labels=None, instances=None, boxes=None, previous=())
+            )
+        root = write_made_dataset(
+            tmp_path / name, {"train": frames[:3], "val": frames[3:]}, splits={"train": ["train"], "val": ["val"]}
+        )
+        dataset = PreparedDataset(root)
+        write_table(root / "intensity.json", measure_intensity(dataset))
+        settings = DataConfig(root=root, split="val", intensity_scale=kind)
+        mapped.append(
+            np.concatenate([load_sample(dataset, k, settings, None).features[::7, 0] for k in dataset.keyframes("val")])
+        )
+    assert largest_gap(*mapped) == pytest.approx(expected, abs=0.015)
