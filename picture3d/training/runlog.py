@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,10 @@ class RunFolder:
         """
         wanted = config.model_dump(mode="json")
         if self.config_path.exists():
-            different = _differences(read_config_tree(self.config_path), wanted)
+            found = read_config_tree(self.config_path)
+            with suppress(ConfigError):  # keys younger than the run stand at their defaults: what it was made with
+                found = type(config).from_tree(found).model_dump(mode="json")
+            different = _differences(found, wanted)
             if different:
                 more = f", and {len(different) - _LISTED} more" if len(different) > _LISTED else ""
                 raise ConfigError(

@@ -34,6 +34,17 @@ def test_a_folder_keeps_its_config_and_refuses_another_naming_the_keys(tmp_path:
     assert Outer.from_tree(again.config_tree()) == Outer()
 
 
+def test_a_run_from_before_a_key_existed_goes_on_unless_the_key_is_used(tmp_path: Path):
+    run = RunFolder(tmp_path / "run")
+    run.claim(Outer())
+    tree = json.loads(run.config_path.read_text())
+    del tree["ratios"]
+    run.config_path.write_text(json.dumps(tree))
+    RunFolder(tmp_path / "run").claim(Outer())
+    with pytest.raises(ConfigError, match="ratios"):
+        RunFolder(tmp_path / "run").claim(Outer(ratios=(0.9,)))
+
+
 def test_lines_after_the_resumed_step_and_torn_lines_are_cut(tmp_path: Path):
     run = RunFolder(tmp_path)
     for step in (1, 2, 3, 4):
