@@ -80,45 +80,42 @@ def attach_occupancy(labels: Path, dataset: PreparedDataset, *, progress: Progre
     """
     root, scenes = label_folder(labels)
     folder = occupancy_folder(dataset.root)
-    plans: dict[str, list[LabelFile]] = {}
-    other_files = 0
-    for log in dataset.logs():
-        plans[log], others = label_files(root, scenes, dataset, log)
-        other_files += others
-    if not any(plans.values()):
-        first = _scene(dataset, dataset.logs()[0]) if plans else "<scene token>"
-        raise DataError(
-            f"{root}: has no label file for any keyframe of {dataset.root}. Expected scene_{first}/occupancy/<token>.npy: are "
-            "these the labels of the same nuScenes version (mini, trainval)?"
-        )
+    present = [log for log in dataset.logs() if f"scene_{_scene(dataset, log)}" in scenes]
+    done, total = 0, sum(len(dataset.summary(log).keyframes) for log in present)
+    if total == 0:
+        raise _no_labels(root, dataset)
     (folder / "occupancy.json").unlink(missing_ok=True)
-    done, total = 0, sum(len(plan) for plan in plans.values())
     logs: dict[str, LogOccupancy] = {}
     set_aside: dict[str, str] = {}
-    made = 0
-    for log, plan in plans.items():
-        path = occupancy_path(dataset.root, log)
-        header = _header(dataset, log, plan)
-        found = _finished(path, header) if plan else None
-        if found is None and plan:
+    made = other_files = label_bytes = 0
+    for log in dataset.logs():
+        keyframes = len(dataset.summary(log).keyframes)
+        files, others = label_files(root, scenes, dataset, log)
+        other_files += others
+        path, header = occupancy_path(dataset.root, log), _header(dataset, log, files)
+        found = _finished(path, header) if files else None
+        if found is None and files:
             try:
-                _write_log(path, header, plan, lambda frames, done=done: progress and progress(done + frames, total))
+                _write_log(path, header, files, lambda frames, done=done: progress and progress(done + frames, total))
             except _DamagedLabelError as error:
                 set_aside[log] = f"{log} is set aside: {error}"
             else:
                 made += 1
                 found = _finished(path, header)
         if log not in set_aside:
-            logs[log] = _summary(len(dataset.summary(log).keyframes), found)
-        done += len(plan)
+            logs[log] = _summary(keyframes, found)
+            label_bytes += sum(file.size for file in files)
+        done += keyframes if log in present else 0
         if progress is not None:
             progress(done, total)
     kept = {occupancy_path(dataset.root, log) for log, entry in logs.items() if entry.labelled}
+    if not kept and set_aside:
+        raise DataError(f"{root}: no log could be attached. {next(iter(set_aside.values()))}")
+    if not kept:
+        raise _no_labels(root, dataset)
     for stale in folder.glob("*.occ*"):
         if stale not in kept:
             stale.unlink()
-    if not kept:
-        raise DataError(f"{root}: no log could be attached. {next(iter(set_aside.values()))}")
     tree = {
         "format": FORMAT,
         "version": KIND.version,
@@ -136,7 +133,7 @@ def attach_occupancy(labels: Path, dataset: PreparedDataset, *, progress: Progre
         labelled=sum(entry.labelled for entry in logs.values()),
         voxels=sum(entry.voxels for entry in logs.values()),
         bytes=sum(entry.bytes for entry in logs.values()),
-        label_bytes=sum(file.size for log in logs for file in plans[log]),
+        label_bytes=label_bytes,
         other_files=other_files,
         set_aside=tuple(set_aside.values()),
     )
@@ -161,6 +158,14 @@ def label_folder(labels: Path) -> tuple[Path, frozenset[str]]:
     raise DataError(
         f"{labels}: holds no folder scene_<token>, nor nuScenes-Occupancy-v0.1 with such folders. "
         "Name the folder of the unpacked nuScenes-Occupancy labels."
+    )
+
+
+def _no_labels(root: Path, dataset: PreparedDataset) -> DataError:
+    first = next((_scene(dataset, log) for log in dataset.logs()), "<scene token>")
+    return DataError(
+        f"{root}: has no label file for any keyframe of {dataset.root}. Expected scene_{first}/occupancy/<token>.npy: are "
+        "these the labels of the same nuScenes version (mini, trainval)?"
     )
 
 
