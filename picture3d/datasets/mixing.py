@@ -102,7 +102,7 @@ def open_sources(
                 config=settings,
                 keys=tuple(keys),
                 weight=weight,
-                sampler=open_sampler(settings.objects, classes, settings) if train and settings.objects is not None else None,
+                sampler=_sampler(dataset, settings, classes) if train else None,
                 targets=source_targets,
                 mixed=bool(config.also),
             )
@@ -159,6 +159,21 @@ class EpochOrder:
             return shuffled_rows(log_of_row, self._window, np.random.default_rng(entropy))
 
         return stream_rows(len(log_of_row), epoch * count, count, order)
+
+
+def _sampler(dataset: PreparedDataset, settings: DataConfig, classes: DetectionClasses) -> ObjectSampler | None:
+    if settings.objects is None:
+        return None
+    sampler = open_sampler(settings.objects, classes, settings)
+    database = sampler.database
+    if database.path.parent.parent == dataset.root:
+        known = set(dataset.logs())
+        if not known.issuperset(database.logs) or dataset.fingerprint_of(database.logs) != database.identity.get("fingerprint"):
+            raise DataError(
+                f"{database.path}: was cut out of other frames than {dataset.root} holds now. Run `picture3d data objects "
+                f"{dataset.root}` again."
+            )
+    return sampler
 
 
 def _each(targets: FeatureSource | Sequence[FeatureSource | None] | None, sources: int) -> Sequence[FeatureSource | None]:

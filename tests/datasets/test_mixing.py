@@ -258,3 +258,15 @@ def test_objects_are_pasted_from_each_datasets_own_database(tmp_path):
     counts = [0 if batch.boxes is None else len(batch.boxes) for batch in batches.epoch(0)]
     assert len(counts) == 6
     assert max(counts) > 1
+
+
+def test_objects_cut_out_of_frames_that_were_prepared_anew_are_refused(tmp_path):
+    root = write_street(tmp_path / "one", log="x", seed=1)
+    settings: dict[str, Any] = {"box_classes": ("car",), "sweeps": 1, "labels": False, "split": None, "augment": None}
+    settings["objects"] = {"database": "all", "fill_to": {"car": 3}}
+    database = (root / "objects" / "all.objects").read_bytes()
+    write_street(root, log="x", seed=3)
+    FrameBatches(config((root,), **settings), batch_size=1, seed=1)
+    (root / "objects" / "all.objects").write_bytes(database)
+    with pytest.raises(DataError, match="cut out of other frames"):
+        FrameBatches(config((root,), **settings), batch_size=1, seed=1)
