@@ -20,7 +20,8 @@ from picture3d.datasets.object_database import ObjectDatabase, StoredObject
 from picture3d.datasets.object_geometry import inside_any, meet_from_above
 from picture3d.datasets.object_sampling_config import ObjectSamplingConfig
 from picture3d.datasets.remote import remote_url
-from picture3d.datasets.samples import DataConfig, Sample, scale_intensity
+from picture3d.datasets.samples import DataConfig, Sample
+from picture3d.datasets.sensor_intensity import scale_intensity
 from picture3d.datasets.source_config import IntensityScale
 from picture3d.errors import ConfigError, DataError
 from picture3d.structures.boxes import Boxes

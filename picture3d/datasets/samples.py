@@ -18,13 +18,13 @@ from picture3d.datasets.augment import AugmentConfig, affine, draw_augmentation
 from picture3d.datasets.detection_classes import DetectionClasses
 from picture3d.datasets.object_sampling_config import ObjectSamplingConfig
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
-from picture3d.datasets.sensor_intensity import IntensityTable
+from picture3d.datasets.sensor_intensity import IntensityTable, scale_intensity
 from picture3d.datasets.source_config import Fillable, IntensityScale, SourceConfig
 from picture3d.errors import DataError
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
 from picture3d.structures.occupancy import Occupancy
-from picture3d.structures.points import IntensityUnit, PointCloud
+from picture3d.structures.points import PointCloud
 from picture3d.structures.targets import FeatureSource, FrameTargets
 
 _Item = TypeVar("_Item")
@@ -372,38 +372,6 @@ def move_sweep(xyz: NDArray[np.float32], sweep: Frame, keyframe: Frame) -> NDArr
         )
     keyframe_from_sweep = keyframe.global_from_lidar.inverse() @ sweep.global_from_lidar
     return affine(xyz, keyframe_from_sweep.rotation, keyframe_from_sweep.translation)
-
-
-def scale_intensity(points: PointCloud, scale: IntensityScale, table: IntensityTable | None = None) -> NDArray[np.float32]:
-    """(N,) float32 intensity as network input; see `DataConfig.intensity_scale`. `table` is needed for ``sensor_...``.
-
-    Raises:
-        DataError: if a scale other than ``raw`` is asked for and the unit is unknown, or the sensor is.
-    """
-    if scale == "raw":
-        return points.intensity
-    if scale == "sensor_scale" or scale == "sensor_quantile":
-        if table is None:
-            raise DataError(
-                f"intensity_scale={scale} needs the table of the sensor, which only prepared frames have beside them. Prepare "
-                "these sweeps and run `picture3d data intensity`."
-            )
-        return table.mapped(points, scale)
-    match points.intensity_unit:
-        case IntensityUnit.RAW_255:
-            unit = points.intensity * np.float32(1 / 255)
-        case IntensityUnit.UNIT:
-            unit = points.intensity
-        case IntensityUnit.TANH:
-            return points.intensity  # already in 0..1 and already a tanh
-        case IntensityUnit.RAW_UNBOUNDED:
-            return np.tanh(points.intensity)  # its only reading in 0..1
-        case IntensityUnit.UNKNOWN:
-            raise DataError(
-                "the unit of this data's intensity is unknown, so it cannot be scaled. "
-                "Prepare it with --intensity 0-255, 0-1 or tanh, set intensity_scale=raw, or let fill name intensity for 0."
-            )
-    return np.tanh(unit) if scale == "tanh" else unit
 
 
 def _features(

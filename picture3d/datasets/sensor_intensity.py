@@ -18,6 +18,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from picture3d.datasets.source_config import IntensityScale
 from picture3d.errors import DataError
 from picture3d.files import write_text
 from picture3d.structures.points import IntensityUnit, PointCloud
@@ -186,3 +187,35 @@ def write_table(path: Path, table: IntensityTable) -> None:
         DataError: if it cannot be written.
     """
     write_text(path, json.dumps(table.to_json(), separators=(",", ":"), allow_nan=False) + "\n")
+
+
+def scale_intensity(points: PointCloud, scale: IntensityScale, table: IntensityTable | None = None) -> NDArray[np.float32]:
+    """(N,) float32 intensity as network input; see `DataConfig.intensity_scale`. `table` is needed for ``sensor_...``.
+
+    Raises:
+        DataError: if a scale other than ``raw`` is asked for and the unit is unknown, or the sensor is.
+    """
+    if scale == "raw":
+        return points.intensity
+    if scale == "sensor_scale" or scale == "sensor_quantile":
+        if table is None:
+            raise DataError(
+                f"intensity_scale={scale} needs the table of the sensor, which only prepared frames have beside them. Prepare "
+                "these sweeps and run `picture3d data intensity`."
+            )
+        return table.mapped(points, scale)
+    match points.intensity_unit:
+        case IntensityUnit.RAW_255:
+            unit = points.intensity * np.float32(1 / 255)
+        case IntensityUnit.UNIT:
+            unit = points.intensity
+        case IntensityUnit.TANH:
+            return points.intensity  # already in 0..1 and already a tanh
+        case IntensityUnit.RAW_UNBOUNDED:
+            return np.tanh(points.intensity)  # its only reading in 0..1
+        case IntensityUnit.UNKNOWN:
+            raise DataError(
+                "the unit of this data's intensity is unknown, so it cannot be scaled. "
+                "Prepare it with --intensity 0-255, 0-1 or tanh, set intensity_scale=raw, or let fill name intensity for 0."
+            )
+    return np.tanh(unit) if scale == "tanh" else unit
