@@ -156,12 +156,13 @@ def _deflate(planes: NDArray[np.uint8], level: int) -> bytes:
     """A zlib stream (RFC 1950, 1951) of all planes, one after another: each compressed by itself, or in stored blocks."""
     out = [b"\x78\x01"]
     check = 1
+    worth = _STORED_ABOVE if level <= _ZLIB_LEVEL else 1.0  # who asks for a higher level wants few bytes
     for plane in planes:
         data = plane.tobytes()
         check = zlib.adler32(data, check)
         deflator = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
         short = deflator.compress(data) + deflator.flush(zlib.Z_FULL_FLUSH)
-        if len(short) <= _STORED_ABOVE * len(data):
+        if len(short) <= worth * len(data):
             out.append(short)
             continue
         for begin in range(0, len(data), _STORED_BLOCK):
