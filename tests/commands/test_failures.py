@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,3 +123,31 @@ def test_a_full_disk_is_one_clear_line_and_the_command_goes_on_when_mended(place
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_disk_that_takes_no_file_is_one_clear_line_at_any_file_of_any_command(place, tmp_path, capsys, name):
     failed_and_mended(place, tmp_path, capsys, name, [errno.ENOSPC, errno.EROFS, errno.EACCES])
+
+
+def test_sweeps_that_vanish_while_they_are_prepared_are_named_and_the_rest_is_kept(place, tmp_path, capsys, monkeypatch):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    shutil.copytree(place.root / "raw", raw)
+    real_replace = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        real_replace(source, target)
+        if Path(target).suffix == ".p3d" and raw.exists():  # the first log is whole
+            raw.rename(tmp_path / "away")
+
+    monkeypatch.setattr(os, "replace", replace)
+    words = ["prepare", "nuscenes", str(raw), str(out)]
+    status, said = run(words, capsys)
+    assert status == 2, said
+    assert [line.startswith(f"error: {raw}") for line in said.splitlines() if "error" in line] == [True], said
+    assert left_overs(out) == []
+    (tmp_path / "away").rename(raw)
+    monkeypatch.setattr(os, "replace", real_replace)
+    status, said = run(words, capsys)
+    assert status == 0, said
+    assert contents(out) == contents(place.root / "prepared")
+
+
+def test_no_duration_is_measured_by_a_clock_that_can_be_set_back():
+    package = Path(main.__code__.co_filename).parent
+    assert [path.name for path in package.rglob("*.py") if "time.time()" in path.read_text(encoding="utf-8")] == []
