@@ -52,7 +52,7 @@ def _npy(path: Path) -> Path:
 
 
 def _voxels(path: Path) -> None:
-    write_openoccupancy(path, OccupiedVoxels(np.arange(12).reshape(4, 3), np.arange(1, 5, dtype=np.uint8)))
+    write_openoccupancy(path, OccupiedVoxels(np.arange(12, dtype=np.int16).reshape(4, 3), np.arange(1, 5, dtype=np.uint8)))
 
 
 def _log(path: Path) -> Path:
