@@ -7,7 +7,9 @@ wanted LiDAR are kept. File names in tables are relative to the dataset's root a
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,10 +20,12 @@ from numpy.typing import NDArray
 
 from picture3d.errors import DataError
 from picture3d.files import read_bounded
+from picture3d.formats.npy import array_of_npy
 from picture3d.structures.poses import Pose
 
 _CHUNK = 1 << 20
 _MAX_ROW = 1 << 24  # characters of one row; real rows have some hundred
+_PIECE_BYTES = 1 << 20  # asked of a zip entry at once: what it claims to hold may not be there
 _MAX_SWEEP_BYTES = 1 << 28
 _Row = TypeVar("_Row")
 
@@ -244,11 +248,11 @@ def read_panoptic(path: Path) -> NDArray[np.uint16]:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > _MAX_SWEEP_BYTES:
                 raise DataError(f"{path}: would unpack to more than {_MAX_SWEEP_BYTES} bytes. It was not read.")
-        with np.load(path, allow_pickle=False) as archive:
-            data = archive["data"]
+            with archive.open("data.npy") as entry:
+                data = array_of_npy(b"".join(iter(lambda: entry.read(_PIECE_BYTES), b"")))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file.") from None
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except (OSError, LookupError, ValueError, RuntimeError, EOFError, struct.error, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not a panoptic label file ({error}). Download it again.") from None
     if data.ndim != 1 or data.dtype.kind not in "ui":
         raise DataError(f"{path}: holds {data.dtype} {data.shape}, expected one integer per point. Download it again.")

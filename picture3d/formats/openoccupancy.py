@@ -7,16 +7,16 @@ Column order and the meaning of class 0 follow the public loader of OpenOccupanc
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
-from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.errors import DataError
 from picture3d.files import read_bounded, whole_file
+from picture3d.formats.npy import array_of_npy
 
 GRID_SHAPE = (512, 512, 40)  # voxels along x, y, z
 GRID_ORIGIN = (-51.2, -51.2, -5.0)  # metres, the lowest corner
@@ -28,20 +28,6 @@ CLASSES = 17  # 0 noise, then the 16 of lidarseg
 _VOXELS = GRID_SHAPE[0] * GRID_SHAPE[1] * GRID_SHAPE[2]
 # A quarter of all voxels occupied, seven float64 columns, and the header.
 _MAX_BYTES = _VOXELS // 4 * 7 * 8 + (1 << 16)
-# All that numpy's reader of headers, a small parser of Python, is known to raise for damaged bytes.
-_UNREADABLE = (
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    EOFError,
-    OSError,
-    SyntaxError,
-    TokenError,
-    RecursionError,
-    MemoryError,
-)
 _MEND = "Unpack this file of the nuScenes-Occupancy download again."
 
 
@@ -63,17 +49,15 @@ def read_openoccupancy(path: Path) -> OccupiedVoxels:
         DataError: if the file is missing, too large, not a plain numpy array of (M, 4) or (M, 7) numbers, or names a
             voxel outside of the grid or a class that does not exist.
     """
-    data = io.BytesIO(read_bounded(path, max_bytes=_MAX_BYTES))
     try:
-        _refuse_absurd_header(data)
-        rows = np.load(data, allow_pickle=False)
-    except _UNREADABLE as error:
+        rows = array_of_npy(read_bounded(path, max_bytes=_MAX_BYTES))
+    except ValueError as error:
         raise DataError(f"{path}: not a whole numpy array of numbers ({error}). {_MEND}") from None
     if rows.ndim != 2 or rows.shape[1] not in (4, 7) or rows.dtype.kind not in "iuf":
         raise DataError(
             f"{path}: expected (M, 4) or (M, 7) numbers z, y, x, ..., class; found {rows.shape} of {rows.dtype}. {_MEND}"
         )
-    rows = rows[:, [0, 1, 2, -1]]
+    rows: NDArray[Any] = rows[:, [0, 1, 2, -1]]
     _refuse(path, ~np.isfinite(rows).all(1) | (rows != np.floor(rows)).any(1), "is not four whole numbers")
     limits = np.array(GRID_SHAPE[::-1])
     _refuse(path, ((rows[:, :3] < 0) | (rows[:, :3] >= limits)).any(1), "lies outside of the grid of 40 x 512 x 512 (z, y, x)")
@@ -102,26 +86,6 @@ def write_openoccupancy(path: Path, voxels: OccupiedVoxels) -> None:
         np.lib.format.write_array(file, rows, allow_pickle=False)
 
 
-def _refuse_absurd_header(data: io.BytesIO) -> None:
-    """The header is believed only if the bytes it promises are there: numpy would allocate first."""
-    version = np.lib.format.read_magic(data)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(data)
-    elif version == (2, 0):
-        shape, _, dtype = np.lib.format.read_array_header_2_0(data)
-    else:
-        raise ValueError(f"version {version} of the format")
-    count = 1
-    for length in shape:
-        if length < 0:
-            raise ValueError(f"shape {shape}")
-        count *= length
-    left = data.getbuffer().nbytes - data.tell()
-    if count * dtype.itemsize != left:
-        raise ValueError(f"the header promises {count * dtype.itemsize} bytes, {left} follow")
-    data.seek(0)
-
-
-def _refuse(path: Path, wrong: NDArray[np.bool_], what: str) -> None:
+def _refuse(path: Path, wrong: NDArray[np.bool_] | np.bool_, what: str) -> None:
     if wrong.any():
         raise DataError(f"{path}: row {int(wrong.argmax())} {what}. {_MEND}")
