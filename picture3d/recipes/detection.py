@@ -28,7 +28,7 @@ def town_detection(data: Path) -> DetectionConfig:
             root=data,
             range_min=TOWN_GRID.range_min,
             range_max=TOWN_GRID.range_max,
-            augment=AugmentConfig(rotation=0.4, scale=(0.95, 1.05), translation=0.2),
+            augment=AugmentConfig(rotation=0.0, scale=(0.95, 1.05), translation=0.0),  # too few steps to learn more of
             labels=False,
             box_classes=NUSCENES_DETECTION.names,
             cache_bytes=2**30,
@@ -37,12 +37,14 @@ def town_detection(data: Path) -> DetectionConfig:
         encoder=town_encoder(),
         task=DetectionTaskConfig(
             bev=BevBackboneConfig(
-                blocks=(1, 1), strides=(2, 2), channels=(48, 64), upsample_strides=(1, 2), upsample_channels=(48, 48)
+                blocks=(1, 2), strides=(2, 2), channels=(64, 128), upsample_strides=(1, 2), upsample_channels=(64, 64)
             ),
             head=CenterHeadConfig(
                 classes=NUSCENES_DETECTION.names,
-                channels=32,
-                rectify=(0.5,) * 10,
+                channels=64,
+                neighbours=1,
+                score_threshold=0.02,
+                rectify=(0.0,) * 10,  # the predicted IoU is learned last
                 nms_thresholds=(0.2,) * 10,
                 limits=(61.2, 61.2, 10.0),
                 published_nms_angle=False,

@@ -17,14 +17,14 @@ from picture3d.datasets.log_file import LogHeader, LogReader, LogWriter
 from picture3d.datasets.occupancy_store import KIND
 from picture3d.formats.block_file import BlockFile, BlockWriter
 from picture3d.formats.feather import read_feather
-from picture3d.formats.nuscenes_results import read_results
+from picture3d.formats.nuscenes_results import read_labels, read_results
 from picture3d.formats.nuscenes_tables import iterate_rows, read_panoptic
 from picture3d.formats.openoccupancy import read_openoccupancy
 from picture3d.formats.parquet import read_parquet
 from picture3d.formats.pcd import read_pcd
 from picture3d.formats.ply import read_ply
 from picture3d.formats.point_tables import read_bin, read_npy
-from picture3d.formats.tfrecord import RecordWriter, read_records
+from picture3d.formats.tfrecord import RecordWriter, read_records, record_lengths
 from picture3d.formats.waymo_objects import write_objects
 from picture3d.formats.waymo_objects_reading import ObjectsFile, read_objects
 from picture3d.training.checkpoint import save_checkpoint
@@ -108,6 +108,8 @@ def _tables() -> Iterator[tuple[str, Fuzzed]]:
     yield "parquet", Fuzzed(".parquet", (one,), lambda path: read_parquet(path, kinds))
     results = {"results": {"a": [test_nuscenes_results.BOX], "b": []}, "meta": test_nuscenes_results.META}
     yield "nuscenes results", Fuzzed(".json", (json.dumps(results).encode(),), read_results)
+    labels = {"results": {"a": [{**test_nuscenes_results.BOX, "num_lidar_pts": 3, "ego_translation": [1, 2, 3]}]}, "meta": {}}
+    yield "nuscenes labels", Fuzzed(".json", (json.dumps(labels).encode(),), read_labels)
     rows = [{"token": "a", "n": 1.5, "deep": {"list": [1, None, "é"]}}, {"token": "b"}]
     yield "nuscenes table", Fuzzed(".json", (json.dumps(rows).encode(),), lambda path: list(iterate_rows(path)))
 
@@ -127,6 +129,7 @@ def _points() -> Iterator[tuple[str, Fuzzed]]:
 
 def _others() -> Iterator[tuple[str, Fuzzed]]:
     yield "tfrecord", Fuzzed(".tfrecord", (_written(_records, ".tfrecord"),), lambda path: list(read_records(path)))
+    yield "tfrecord lengths", Fuzzed(".tfrecord", (_written(_records, ".tfrecord"),), lambda path: list(record_lengths(path)))
     frame = small_frame(np.random.default_rng(5)).bytes()
     yield "waymo frame", Fuzzed(".bin", (frame,), lambda path: test_waymo_frame.read_all(path.read_bytes()))
     yield "waymo objects", Fuzzed(".bin", (_objects(), test_waymo_objects.odd_file(1, 6)), read_objects)

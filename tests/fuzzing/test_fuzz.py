@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import warnings
 import zlib
 
 import numpy as np
@@ -24,7 +25,9 @@ def fuzz(name: str, path, count: int, seed: int) -> int:
         path.write_bytes(data)
         tracemalloc.start()
         try:
-            reader.read(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                reader.read(path)
         except Picture3dError:
             refused += 1
         except Exception as error:
