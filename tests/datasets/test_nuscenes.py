@@ -228,3 +228,15 @@ def test_official_splits():
     assert sum(official_split("v1.0-trainval", f"scene-{i:04d}") == "val" for i in range(1200)) == 150
     assert official_split("v1.0-trainval", "scene-0103") == "val"
     assert official_split("v1.0-trainval", "scene-0001") == "train"
+
+
+@pytest.mark.parametrize("place", ["samples", "v1.0-mini/sample.json", "samples/LIDAR_TOP"])
+def test_links_that_lead_to_themselves_are_refused_in_our_own_words(world, tmp_path, place):
+    path = world.root / place
+    assert path.exists(), "the fixture has moved"
+    path.rename(tmp_path / "aside")
+    path.symlink_to(path)
+    with pytest.raises(DataError) as caught:
+        prepare_nuscenes(world.root, tmp_path / "out")
+    assert str(world.root) in str(caught.value)
+    assert not (tmp_path / "out" / "dataset.json").exists()
