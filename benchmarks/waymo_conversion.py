@@ -30,7 +30,7 @@ from picture3d.datasets.waymo import frame_of_waymo, segment_files
 from picture3d.formats.columns import PLANES, Codec, CodecKind
 from picture3d.formats.protobuf_wire import write_integer
 from picture3d.formats.tfrecord import RecordWriter, read_records
-from picture3d.formats.waymo_frame import read_frame, read_pixel_poses, read_range_image, read_segmentation
+from picture3d.formats.waymo_frame import read_frame
 from picture3d.structures.boxes import Boxes
 from picture3d.synthetic.waymo_drive import LaserImages, WaymoFrame
 from picture3d.synthetic.waymo_lidar import LASERS, TOP, Laser, Returns, euler_of, pose_of
@@ -132,10 +132,9 @@ def stages(payloads: list[bytes]) -> Iterator[tuple[str, float]]:
     def inflate() -> None:
         for frame in frames:
             for returns in frame.lasers.values():
-                for streams in returns:
-                    for stream, read in zip(streams, (read_range_image, read_pixel_poses, read_segmentation), strict=True):
-                        if len(stream):
-                            read(stream, "")
+                for one in returns:
+                    for read in (one.read_range_image, one.read_pixel_poses, one.read_segmentation):
+                        read("")
 
     def convert() -> None:
         for frame in frames:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from picture3d.formats.protobuf_wire import pack_varints, write_data, write_double, write_integer
+from picture3d.formats.waymo_frame import CompressedReturn, WaymoFrame
 from picture3d.structures.poses import Pose
 
 
@@ -121,3 +122,10 @@ def small_frame(rng: np.random.Generator, **changes: object) -> Made:
     for name, value in changes.items():
         setattr(made, name, value)
     return made
+
+
+def streams_of(frame: WaymoFrame) -> dict[int, list[CompressedReturn]]:
+    """The zlib streams of every return of a frame of v1, by LiDAR."""
+    found = {name: [part for part in returns if isinstance(part, CompressedReturn)] for name, returns in frame.lasers.items()}
+    assert all(len(parts) == 2 for parts in found.values())
+    return found

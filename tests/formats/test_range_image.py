@@ -9,7 +9,7 @@ from picture3d.errors import DataError
 from picture3d.formats.range_image import points_of_range_image
 from picture3d.formats.waymo_frame import read_frame, read_pixel_poses, read_range_image
 from picture3d.structures.poses import Pose
-from tests.made_waymo import Made, calibration, echo, floats, image_of, integers, laser, random_pose
+from tests.made_waymo import Made, calibration, echo, floats, image_of, integers, laser, random_pose, streams_of
 from tests.waymo_reference import SHAPES, Message, rotation_of, vehicle_points
 
 
@@ -35,8 +35,9 @@ def full_frame(rng: np.random.Generator, reach: float = 20_000) -> Made:
 def test_points_are_those_of_the_definition_in_float64():
     data = full_frame(np.random.default_rng(0)).bytes()
     frame, message = read_frame(data), Message.of(data)
-    poses = read_pixel_poses(frame.lasers[1][0].pose, "poses")
-    for name, returns in frame.lasers.items():
+    found_streams = streams_of(frame)
+    poses = read_pixel_poses(found_streams[1][0].pose, "poses")
+    for name, returns in found_streams.items():
         for which, streams in enumerate(returns):
             image = read_range_image(streams.range_image, "image")
             calibrated = frame.calibrations[name]

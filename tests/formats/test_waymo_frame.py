@@ -29,6 +29,7 @@ from tests.made_waymo import (
     laser,
     shape_message,
     small_frame,
+    streams_of,
     transform,
 )  # fmt: skip
 from tests.sample_data import sample_path
@@ -39,7 +40,7 @@ FRAME = "waymo/frame_without_lasers/pvps_data_one_frame.tfrecord"
 def read_all(data: bytes) -> None:
     """Everything that a frame's bytes can be asked for."""
     frame = read_frame(data, "f")
-    for name, returns in frame.lasers.items():
+    for name, returns in streams_of(frame).items():
         for streams in returns:
             if len(streams.range_image):
                 image = read_range_image(streams.range_image, "f")
@@ -88,7 +89,7 @@ def test_a_made_frame_is_read_back():
     made.lasers[0] = laser(1, echo(floats(image), floats(poses), integers(classes)))
     frame = read_frame(made.bytes())
     assert (frame.context, frame.timestamp_us) == ("segment", 1_000_000)
-    first, second = frame.lasers[1]
+    first, second = streams_of(frame)[1]
     assert np.array_equal(read_range_image(first.range_image, ""), image)
     assert np.array_equal(read_pixel_poses(first.pose, ""), poses)
     assert np.array_equal(read_segmentation(first.segmentation, ""), classes)
@@ -132,7 +133,7 @@ def test_unknown_fields_and_images_are_stepped_over():
     made.labels = [part + strange[1003:] for part in made.labels]
     made.calibrations = [part + write_data(77, b"abc") for part in made.calibrations]
     frame = read_frame(made.bytes())
-    assert [bytes(s) for s in frame.lasers[1][0]] == [bytes(s) for s in plain.lasers[1][0]]
+    assert [bytes(s) for s in streams_of(frame)[1][0]] == [bytes(s) for s in streams_of(plain)[1][0]]
     assert np.array_equal(frame.labels.center, plain.labels.center)
     assert frame.labels.id == plain.labels.id
 
