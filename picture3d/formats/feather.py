@@ -45,7 +45,7 @@ def read_feather(path: Path, columns: Mapping[str, str]) -> dict[str, NDArray[An
             table = pa.Table.from_batches(batches, reader.schema).select(list(columns))
             table.validate(full=True)
             return {name: numpy_column(table.column(name), kind, f"{path}, column {name}") for name, kind in columns.items()}
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise DataError(f"{path}: not a whole Feather file ({text}). Download it again.") from None
 

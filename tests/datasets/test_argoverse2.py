@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +232,24 @@ def test_golden_a_log_copied_without_annotations_has_no_boxes(tmp_path):
     (copy / "annotations.feather").unlink()
     assert prepare_argoverse2(copy, tmp_path / "out").frames == 2
     assert PreparedDataset(tmp_path / "out").frame(FrameKey("log", 0)).boxes is None
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_damage_to_a_table_gives_our_error_or_frames(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    log = write_log(tmp_path / "train" / "a")
+    files = [log / "city_SE3_egovehicle.feather", log / "annotations.feather", *(log / "sensors" / "lidar").iterdir()]
+    path = files[seed % 3]
+    data = bytearray(path.read_bytes())
+    for at in rng.integers(0, len(data), 4):
+        data[at] = rng.integers(256)
+    path.write_bytes(data)
+    with suppress(DataError):
+        assert prepare_argoverse2(tmp_path, tmp_path / "out").frames == 3
+
+
+def test_a_column_name_that_is_no_text_is_our_error(tmp_path):
+    path = write_log(tmp_path / "train" / "a") / "city_SE3_egovehicle.feather"
+    path.write_bytes(path.read_bytes().replace(b"tx_m", b"tx_\x91"))
+    with pytest.raises(DataError, match="not a whole Feather file"):
+        read_city_poses(path)
