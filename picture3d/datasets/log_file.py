@@ -8,14 +8,11 @@ the index is. A frame is read by the index, its record and the columns asked for
 from __future__ import annotations
 
 import json
-import os
-import struct
 from collections.abc import Collection
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -24,17 +21,16 @@ from numpy.typing import NDArray
 from picture3d import __version__
 from picture3d.datasets.frame_columns import BOX_COLUMNS, OPTIONAL_COLUMNS, boxes_of, columns_of, frame_of, record_of
 from picture3d.errors import DataError
-from picture3d.files import whole_file
 from picture3d.formats.columns import PLANES, Codec, checked_size, decode, dtype_name, encode
+from picture3d.formats.framed_file import FramedFile, FramedKind, FramedWriter
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
 
 FORMAT_VERSION = 1
-_MAGIC = b"P3DLOG\r\n"
-_HEAD = struct.Struct("<8sII")  # magic, version, CRC-32C of the 12 bytes before it
-_TRAILER = struct.Struct("<QQIIII8s")  # index offset, index length, index CRC, frames, version, CRC of the 28 before, magic
-_MAX_INDEX_BYTES = 1 << 28
-_MAX_RECORD_BYTES = 1 << 20
+_MEND = "Delete the file and run the `prepare` command again: only this log is made anew."
+KIND = FramedKind(
+    b"P3DLOG\r\n", FORMAT_VERSION, "a picture3d log", _MEND, "Run the `prepare` command that made this dataset again."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +86,7 @@ def check_log_name(log: str) -> str:
     return log
 
 
-class LogWriter(AbstractContextManager["LogWriter"]):
+class LogWriter(FramedWriter):
     """Writes one log, frame by frame, in memory that does not grow with frames beyond some 50 bytes each for the index.
 
     The file takes its name when the ``with`` block ends without an error; `summary` is known from then on.
@@ -98,34 +94,19 @@ class LogWriter(AbstractContextManager["LogWriter"]):
 
     def __init__(self, path: Path, header: LogHeader, *, xyz_codec: Codec = PLANES) -> None:
         check_log_name(header.log)
-        self.path = path
+        super().__init__(path, KIND)
         self.header = header
         self.summary: LogSummary | None = None
         self._xyz_codec = xyz_codec
         self._entries: list[_FrameEntry] = []
-        self._whole = whole_file(path)
-        self._file: BinaryIO | None = None
-        self._offset = 0
-
-    def __enter__(self) -> Self:
-        self._file = self._whole.__enter__()
-        start = _MAGIC + struct.pack("<I", FORMAT_VERSION)
-        self._write(start + struct.pack("<I", google_crc32c.value(start)))
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        if error is not None:
-            return self._whole.__exit__(kind, error, trace)
-        try:
-            summary = self._finish()
-        except BaseException as failure:
-            self._whole.__exit__(type(failure), failure, failure.__traceback__)
-            raise
-        self._whole.__exit__(None, None, None)
-        self.summary = summary
-        return None
+        done = super().__exit__(kind, error, trace)
+        if error is None:
+            self.summary = _summarise(self._entries, self.offset, self.index_crc32c)
+        return done
 
     @property
     def finished(self) -> LogSummary:
@@ -158,14 +139,13 @@ class LogWriter(AbstractContextManager["LogWriter"]):
                 "codec": str(codec),
                 "dtype": dtype_name(column.dtype),
                 "shape": list(column.shape),
-                "offset": self._offset,
+                "offset": self.write(data),
                 "length": len(data),
                 "crc32c": google_crc32c.value(data),
             }
-            self._write(data)
         record = _to_json(record_of(frame, chunks), place)
         entry = _FrameEntry(
-            offset=self._offset,
+            offset=self.write(record),
             length=len(record),
             crc=google_crc32c.value(record),
             points=len(frame.points),
@@ -173,26 +153,19 @@ class LogWriter(AbstractContextManager["LogWriter"]):
             labelled=frame.labels is not None,
             boxes=-1 if frame.boxes is None else len(frame.boxes),
         )
-        self._write(record)
         self._entries.append(entry)
 
-    def _finish(self) -> LogSummary:
+    def index(self) -> tuple[bytes, int]:
+        """What holds for the log, and a row per frame.
+
+        Raises:
+            DataError: if the header holds a number that is not finite.
+        """
         rows = [[e.offset, e.length, e.crc, e.points, int(e.keyframe), int(e.labelled), e.boxes] for e in self._entries]
-        index = _to_json({"header": asdict(self.header), "frames": rows}, str(self.path))
-        crc = google_crc32c.value(index)
-        start = struct.pack("<QQIII", self._offset, len(index), crc, len(rows), FORMAT_VERSION)
-        self._write(index)
-        self._write(start + struct.pack("<I", google_crc32c.value(start)) + _MAGIC)
-        return _summarise(self._entries, self._offset, crc)
-
-    def _write(self, data: bytes) -> None:
-        if self._file is None:
-            raise ValueError("LogWriter is a context manager: use `with LogWriter(path, header) as log:`")
-        self._file.write(data)
-        self._offset += len(data)
+        return _to_json({"header": asdict(self.header), "frames": rows}, str(self.path)), len(rows)
 
 
-class LogReader:
+class LogReader(FramedFile):
     """Reads one log. Safe to use from threads, after a fork and after being sent to another process."""
 
     def __init__(self, path: Path) -> None:
@@ -201,15 +174,17 @@ class LogReader:
         Raises:
             DataError: if the file is missing, not a log, of another version, or its index is damaged.
         """
-        self.path = Path(path)
-        self._open()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path = state["path"]
-        self._open()
+        super().__init__(path, KIND)
+        tree = self.index()
+        try:
+            self.header = LogHeader(**tree["header"])
+            self._entries = [_entry_of(row) for row in tree["frames"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{self.path}: the index at byte {self.index_at} lacks {error}. {_MEND}") from None
+        if len(self._entries) != self.count:
+            listed = f"lists {len(self._entries)} of {self.count} frames"
+            raise DataError(f"{self.path}: the index at byte {self.index_at} {listed}. {_MEND}")
+        self.summary = _summarise(self._entries, self.size, self.crc32c)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -218,16 +193,6 @@ class LogReader:
     def keyframes(self) -> tuple[int, ...]:
         """Indices of the keyframes, in order of time."""
         return self.summary.keyframes
-
-    def close(self) -> None:
-        """Closes the file; reading afterwards is an error."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", -1) >= 0:
-            os.close(self._handle)
 
     def frame(self, index: int, columns: Collection[str] | None = None) -> Frame:
         """Reads one frame and nothing else of the file.
@@ -317,48 +282,7 @@ class LogReader:
                     offset, length, crc = int(chunk["offset"]), int(chunk["length"]), int(chunk["crc32c"])
                 except (KeyError, TypeError, ValueError, OverflowError) as error:
                     raise DataError(f"{place}, column {name}: the record does not describe it ({error}). {_MEND}") from None
-                self._read(offset, length, crc, f"{place}, column {name}")
-
-    def _open(self) -> None:
-        self._handle = -1
-        try:
-            self._handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            self._size = os.fstat(self._handle).st_size
-        except FileNotFoundError:
-            raise DataError(f"{self.path}: no such log. Run the `prepare` command that made this dataset again.") from None
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be opened ({error.strerror or error}).") from error
-        if self._size < _HEAD.size + _TRAILER.size:
-            raise DataError(f"{self.path}: {self._size} bytes are too few for a log, it is cut off. {_MEND}")
-        self._check_head(self._pread(0, _HEAD.size))
-        tail = self._size - _TRAILER.size
-        trailer = self._pread(tail, _TRAILER.size)
-        offset, length, crc, frames, version, own_crc, magic = _TRAILER.unpack(trailer)
-        if magic != _MAGIC or own_crc != google_crc32c.value(trailer[:28]):
-            raise DataError(f"{self.path}: the trailer at byte {tail} is damaged or the file is cut off. {_MEND}")
-        if version != FORMAT_VERSION or offset + length != tail or length > _MAX_INDEX_BYTES:
-            raise DataError(f"{self.path}: the trailer at byte {tail} points outside of the file. {_MEND}")
-        index = _from_json(self._read(offset, length, crc, f"{self.path}: index"), f"{self.path}: index")
-        try:
-            self.header = LogHeader(**index["header"])
-            self._entries = [_entry_of(row) for row in index["frames"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{self.path}: the index at byte {offset} lacks {error}. {_MEND}") from None
-        if len(self._entries) != frames:
-            raise DataError(f"{self.path}: the index at byte {offset} lists {len(self._entries)} of {frames} frames. {_MEND}")
-        self.summary = _summarise(self._entries, self._size, crc)
-
-    def _check_head(self, head: bytes) -> None:
-        magic, version, crc = _HEAD.unpack(head)
-        if magic != _MAGIC:
-            raise DataError(f"{self.path}: not a picture3d log (byte 0 does not hold its mark). Prepare the raw data first.")
-        if crc != google_crc32c.value(head[:12]):
-            raise DataError(f"{self.path}: the head at byte 0 does not match its checksum. {_MEND}")
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{self.path}: format version {version}, this picture3d reads version {FORMAT_VERSION}. "
-                "Prepare the raw data again, or use the picture3d that wrote the file."
-            )
+                self.read_at(offset, length, crc, f"{place}, column {name}")
 
     def _entry(self, index: int) -> tuple[_FrameEntry, str]:
         """A frame's line in the index, and its name for messages."""
@@ -368,7 +292,7 @@ class LogReader:
 
     def _record(self, entry: _FrameEntry, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """A frame's record, and where its columns are."""
-        record = _from_json(self._read(entry.offset, entry.length, entry.crc, f"{place}, record"), f"{place}, record")
+        record = _from_json(self.read_at(entry.offset, entry.length, entry.crc, f"{place}, record"), f"{place}, record")
         stored = record.get("columns")
         if not isinstance(stored, dict) or not {"xyz", "intensity"} <= stored.keys():
             raise DataError(f"{place}, record at byte {entry.offset}: lists no points. {_MEND}")
@@ -383,35 +307,11 @@ class LogReader:
             raise DataError(f"{place}: the record does not describe it ({error}). {_MEND}") from None
         try:
             checked_size(dtype, shape)
-            return decode(self._read(offset, length, crc, place), codec, dtype, shape)
+            return decode(self.read_at(offset, length, crc, place).data, codec, dtype, shape)
         except DataError as error:
             if str(error).startswith(place):
                 raise
             raise DataError(f"{place} at byte {offset}: {error}. {_MEND}") from None
-
-    def _read(self, offset: int, length: int, crc: int, place: str) -> bytes:
-        if offset < 0 or length < 0 or offset + length > self._size:
-            raise DataError(f"{place}: bytes {offset} to {offset + length} lie outside of the file of {self._size}. {_MEND}")
-        data = self._pread(offset, length)
-        if len(data) != length or google_crc32c.value(data) != crc:
-            raise DataError(f"{place}: the {length} bytes at byte {offset} do not match their checksum. {_MEND}")
-        return data
-
-    def _pread(self, offset: int, length: int) -> bytes:
-        parts = []
-        while length > 0:
-            try:
-                part = os.pread(self._handle, length, offset)
-            except OSError as error:
-                raise DataError(f"{self.path}: cannot be read at byte {offset} ({error.strerror or error}).") from error
-            if not part:
-                break
-            parts.append(part)
-            offset, length = offset + len(part), length - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-_MEND = "The file is damaged: delete it and run the `prepare` command again, only this log is made anew."
 
 
 def _summarise(entries: list[_FrameEntry], size: int, crc: int) -> LogSummary:
@@ -433,9 +333,9 @@ def _to_json(tree: dict[str, Any], place: str) -> bytes:
         raise DataError(f"{place}: a pose or another number is not finite; such a frame cannot be stored") from None
 
 
-def _from_json(data: bytes, place: str) -> dict[str, Any]:
+def _from_json(data: NDArray[np.uint8], place: str) -> dict[str, Any]:
     try:
-        tree = json.loads(data)
+        tree = json.loads(data.tobytes())
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not JSON ({error}). {_MEND}") from None
     if not isinstance(tree, dict):

@@ -20,13 +20,14 @@ import numpy as np
 from picture3d.datasets.remote import remote_url
 from picture3d.errors import DataError
 from picture3d.files import read_json_object
-from picture3d.formats.block_file import BlockFile, BlockKind, BlockWriter
+from picture3d.formats.block_file import BlockFile, BlockWriter
 from picture3d.formats.columns import PLANES, decode, encode
+from picture3d.formats.framed_file import FramedKind
 from picture3d.structures.frame import Frame
 from picture3d.structures.occupancy import Occupancy, OccupancyGrid
 
 FORMAT = "picture3d-occupancy"
-KIND = BlockKind(
+KIND = FramedKind(
     b"P3DOCC\r\n",
     1,
     "a file of occupancy labels",

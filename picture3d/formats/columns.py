@@ -98,7 +98,7 @@ def encode(column: NDArray[np.generic], codec: Codec, *, level: int = _ZLIB_LEVE
             return zlib.compress(_to_planes(_to_grid_steps(column, codec.step)).tobytes(), level)
 
 
-def decode(data: bytes, codec: Codec, dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
+def decode(data: bytes | memoryview, codec: Codec, dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
     """The array of `dtype` and `shape` that :func:`encode` turned into `data`; writable.
 
     Raises:
@@ -139,7 +139,7 @@ def checked_size(dtype: str, shape: tuple[int, ...]) -> int:
     return size
 
 
-def _inflate(data: bytes, size: int) -> bytes:
+def _inflate(data: bytes | memoryview, size: int) -> bytes:
     if size > _MAX_INFLATION * len(data) + 64:
         raise DataError(f"claims {size} bytes in {len(data)} compressed ones, which zlib cannot hold")
     inflator = zlib.decompressobj()

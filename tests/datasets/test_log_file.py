@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from picture3d.datasets import log_file
 from picture3d.datasets.log_file import LogHeader, LogReader, LogWriter, check_log_name
 from picture3d.errors import DataError
+from picture3d.formats import framed_file
 from picture3d.formats.columns import Codec, CodecKind
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
@@ -82,13 +83,13 @@ def test_only_the_columns_asked_for_are_read(tmp_path, monkeypatch):
     frames = [made_frame(index=i, points=2000) for i in range(20)]
     reader = LogReader(write_log(tmp_path, frames))
     read: list[tuple[int, int]] = []
-    pread = os.pread
+    preadv = os.preadv
 
-    def counting(handle: int, length: int, offset: int) -> bytes:
-        read.append((offset, length))
-        return pread(handle, length, offset)
+    def counting(handle: int, buffers: list[memoryview], offset: int) -> int:
+        read.append((offset, sum(len(buffer) for buffer in buffers)))
+        return preadv(handle, buffers, offset)
 
-    monkeypatch.setattr(log_file.os, "pread", counting)
+    monkeypatch.setattr(framed_file.os, "preadv", counting)
     frame = reader.frame(7, columns=["labels"])
     assert frame.points.ring is None
     assert frame.boxes is None
@@ -169,7 +170,7 @@ def test_a_forged_file_whose_checksums_fit_gives_a_frame_or_our_own_error(at, pa
 
 
 def test_a_newer_version_is_refused_in_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(log_file, "FORMAT_VERSION", 9)
+    monkeypatch.setattr(log_file, "KIND", replace(log_file.KIND, version=9))
     path = write_log(tmp_path, [made_frame()])
     monkeypatch.undo()
     with pytest.raises(DataError, match="format version 9, this picture3d reads version 1"):

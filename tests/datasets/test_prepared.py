@@ -33,7 +33,7 @@ def test_a_dataset_knows_its_splits_logs_and_keyframes_without_opening_a_log(tmp
     assert [str(key) for key in dataset.keyframes("train")] == ["a/0", "a/1", "b/0", "b/1", "b/2"]
     assert dataset.label_set is not None
     assert dataset.label_set.name == "nuscenes-32"
-    with pytest.raises(DataError, match="no such log"):
+    with pytest.raises(DataError, match=r"no such file\. Run the `prepare` command"):
         dataset.frame(FrameKey("a", 0))
 
 

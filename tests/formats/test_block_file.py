@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from picture3d.errors import DataError
-from picture3d.formats.block_file import BlockFile, BlockKind, BlockWriter
+from picture3d.formats.block_file import BlockFile, BlockWriter
+from picture3d.formats.framed_file import FramedKind
 
-KIND = BlockKind(b"P3DTEST\n", 3, "a test file", "Make it anew.")
+KIND = FramedKind(b"P3DTEST\n", 3, "a test file", "Make it anew.")
 BLOCKS = {0: b"first", 4: b"", 7: bytes(range(256))}
 
 
@@ -97,10 +98,19 @@ def test_every_shorter_file_is_refused(tmp_path):
 def test_other_kinds_versions_and_missing_files_are_refused_in_words(tmp_path):
     path = written(tmp_path / "a.blk")
     with pytest.raises(DataError, match="not another file"):
-        BlockFile(path, BlockKind(b"P3DOTHER", 3, "another file", "Mend."))
-    with pytest.raises(DataError, match="format version 3, this picture3d reads 4"):
-        BlockFile(path, BlockKind(KIND.mark, 4, KIND.what, KIND.mend))
+        BlockFile(path, FramedKind(b"P3DOTHER", 3, "another file", "Mend."))
+    with pytest.raises(DataError, match="format version 3, this picture3d reads version 4"):
+        BlockFile(path, FramedKind(KIND.mark, 4, KIND.what, KIND.mend))
     with pytest.raises(DataError, match="no such file"):
         BlockFile(tmp_path / "none.blk", KIND)
     with pytest.raises(DataError, match="cannot be"):
         BlockFile(tmp_path, KIND).read(0)
+
+
+def test_an_index_that_cannot_be_written_leaves_what_stood_there(tmp_path):
+    path = written(tmp_path / "a.blk")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="JSON"), BlockWriter(path, KIND, {"number": float("nan")}) as out:
+        out.add(0, b"other")
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.blk"]
