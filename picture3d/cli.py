@@ -35,6 +35,7 @@ class TeacherName(StrEnum):
     """The teachers that come with the package."""
 
     TOWN = "town"
+    HANDCRAFTED = "handcrafted"
     MINKUNET = "minkunet"
 
 

@@ -112,8 +112,14 @@ def build_teacher(name: str, weights: Path | None, device: torch.device) -> Teac
                     "The town teacher needs no download."
                 )
             return load_minkunet_teacher(weights, device=device)
+        case "handcrafted":
+            from picture3d.teachers.handcrafted import HandcraftedTeacher
+
+            if weights is not None:
+                raise ConfigError("the handcrafted teacher has no weights; leave --weights out")
+            return HandcraftedTeacher(device)
         case _:
-            raise ConfigError(f"no teacher is called '{name}'; there are town and minkunet")
+            raise ConfigError(f"no teacher is called '{name}'; there are town, handcrafted and minkunet")
 
 
 def build_targets(config: TargetsConfig, prepared: Path, device: torch.device) -> FeatureSource | None:

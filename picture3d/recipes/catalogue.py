@@ -21,6 +21,7 @@ _Recipe = TypeVar("_Recipe")
 PRETRAINING: dict[str, Callable[[Path], PretrainConfig]] = {
     "town-picture": pretraining.town_picture,
     "town-coordinates": pretraining.town_coordinates,
+    "town-handcrafted": pretraining.town_handcrafted,
     "waymo-picture": pretraining.waymo_picture,
     "waymo-picture-20": pretraining.waymo_picture_20,
     "nuscenes-picture": pretraining.nuscenes_picture,

@@ -59,7 +59,9 @@ class TargetsConfig(FrozenConfig):
         description="stored: as `picture3d targets` left them; online: the teacher looks at each sweep when it is loaded; "
         "none: no teacher (coordinates only, random mask)",
     )
-    teacher: str = Field(default="town", description="town, minkunet, or the name of a store that another teacher filled")
+    teacher: str = Field(
+        default="town", description="town, handcrafted, minkunet, or the name of a store that another teacher filled"
+    )
     weights: Path | None = Field(default=None, description="online minkunet: its checkpoint")
     channels: int = Field(default=64, ge=1, description="length of the teacher's features")
     superclasses: int = Field(default=8, ge=1, description="online: superclasses per sweep")

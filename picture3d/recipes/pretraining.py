@@ -9,9 +9,10 @@ from picture3d.datasets.samples import DataConfig
 from picture3d.models.dsvt_config import nuscenes_cylinder_128, nuscenes_pillar_256, nuscenes_voxel_256, waymo_voxel_192
 from picture3d.pretrain.losses import LossConfig
 from picture3d.pretrain.masking import MaskConfig
-from picture3d.recipes.configs import GridConfig, Metres, PretrainConfig
+from picture3d.recipes.configs import GridConfig, Metres, PretrainConfig, TargetsConfig
 from picture3d.recipes.town import TOWN_GRID, town_encoder
 from picture3d.structures.cylinder import cylinder_cell_size
+from picture3d.teachers.handcrafted import COLUMNS
 from picture3d.training.loop import TrainingConfig
 from picture3d.training.optim import OptimConfig
 
@@ -58,6 +59,18 @@ def town_coordinates(data: Path) -> PretrainConfig:
     """The same masks and budget as `town_picture`, but only the hidden points are rebuilt: the paper's baseline."""
     base = town_picture(data)
     return base.model_copy(update={"recipe": "town-coordinates", "loss": base.loss.model_copy(update={"features_weight": 0.0})})
+
+
+def town_handcrafted(data: Path) -> PretrainConfig:
+    """The same masks and budget as `town_picture`, with measured features (height, shape, density, echo) as targets."""
+    base = town_picture(data)
+    return base.model_copy(
+        update={
+            "recipe": "town-handcrafted",
+            "targets": TargetsConfig(teacher="handcrafted", channels=len(COLUMNS)),
+            "loss": base.loss.model_copy(update={"features_weight": 8.0}),
+        }
+    )
 
 
 def waymo_picture(data: Path) -> PretrainConfig:

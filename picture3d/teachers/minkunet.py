@@ -58,26 +58,34 @@ class MinkUNetTeacher:
         """
         device = next(self.network.parameters()).device
         quantised = quantise_points(torch.from_numpy(points.xyz).to(device), self.quantisation)
-        intensity = torch.from_numpy(self._intensity(points)).to(device)[quantised.representative, None]
+        unit = unit_intensity(points, self.name)
+        intensity = torch.from_numpy(unit * 255 if self.intensity_scale == "raw" else unit)
+        intensity = intensity.to(device)[quantised.representative, None]
         coords = torch.cat([torch.zeros_like(quantised.cells[:, :1]), quantised.cells], dim=1)
         with torch.inference_mode():
             features = self.network(intensity, build_unet_maps(coords)).float()
         return CellFeatures(features.clone(), quantised.point_cell)
 
-    def _intensity(self, points: PointCloud) -> NDArray[np.float32]:
-        match points.intensity_unit:
-            case IntensityUnit.RAW_255:
-                unit = points.intensity / 255
-            case IntensityUnit.UNIT | IntensityUnit.TANH:
-                unit = points.intensity
-            case IntensityUnit.RAW_UNBOUNDED:
-                unit = np.tanh(points.intensity)
-            case IntensityUnit.UNKNOWN:
-                raise DataError(
-                    f"teacher {self.name}: needs the intensity, and its unit is unknown. "
-                    f"Prepare the data with --intensity 0-255, 0-1 or tanh."
-                )
-        return (unit * 255 if self.intensity_scale == "raw" else unit).astype("float32")
+
+def unit_intensity(points: PointCloud, teacher: str) -> NDArray[np.float32]:
+    """(N,) float32 intensity of a sweep brought to 0..1.
+
+    Raises:
+        DataError: if its unit is unknown; `teacher` is named.
+    """
+    match points.intensity_unit:
+        case IntensityUnit.RAW_255:
+            unit = points.intensity / 255
+        case IntensityUnit.UNIT | IntensityUnit.TANH:
+            unit = points.intensity
+        case IntensityUnit.RAW_UNBOUNDED:
+            unit = np.tanh(points.intensity)
+        case IntensityUnit.UNKNOWN:
+            raise DataError(
+                f"teacher {teacher}: needs the intensity, and its unit is unknown. "
+                f"Prepare the data with --intensity 0-255, 0-1 or tanh."
+            )
+    return unit.astype(np.float32)
 
 
 def load_minkunet_teacher(
