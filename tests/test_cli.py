@@ -74,7 +74,10 @@ def test_version(monkeypatch, capsys):
         ("pretrain --out {0}/run", "--data FOLDER"),
         ("pretrain --out {0}/run --config {0}/none.json", "no such config file"),
         ("pretrain --out {0}/run --data {0} --device quantum", "--device quantum"),
-        ("pretrain --out {0}/run --data {0} --set targets.mode=online --set targets.teacher=towm", "town and minkunet"),
+        (
+            "pretrain --out {0}/run --data {0} --set targets.mode=online --set targets.teacher=towm",
+            "town, handcrafted and minkunet",
+        ),
         ("finetune segmentation --out {0}/run --data {0} --label-share 0", "data.label_share: "),
         ("finetune segmentation --out {0}/run --data {0}", "no dataset.json"),
         ("targets {0}", "no dataset.json"),
