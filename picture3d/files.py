@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 from picture3d.errors import DataError
 
 PARTIAL_SUFFIX = ".partial"
-_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path keeps one of the slashes
+# A Path keeps one of the two slashes. A drive letter of Windows is one letter.
+_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+(.*)$", re.DOTALL)
 
 
 @contextmanager
@@ -95,10 +96,7 @@ def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
     Raises:
         DataError: if the file is missing, larger than `max_bytes`, not JSON, or not one object.
     """
-    tree = read_json(path, max_bytes=max_bytes)
-    if not isinstance(tree, dict):
-        raise DataError(f"{path}: expected one JSON object, found {type(tree).__name__}. The file is not what its name says.")
-    return tree
+    return parse_json_object(read_bounded(path, max_bytes=max_bytes), str(path))
 
 
 def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
@@ -107,10 +105,7 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     Raises:
         DataError: if it is not JSON, or not one object.
     """
-    try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}). The file is damaged or cut off; write it again.") from None
+    tree = _parse_json(data, where)
     if not isinstance(tree, dict):
         raise DataError(f"{where}: expected one JSON object, found {type(tree).__name__}. The file is not what its name says.")
     return tree
@@ -122,10 +117,7 @@ def read_json(path: Path, *, max_bytes: int) -> Any:
     Raises:
         DataError: if the file is missing, larger than `max_bytes`, or not JSON.
     """
-    try:
-        return json.loads(read_bounded(path, max_bytes=max_bytes))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error}). The file is damaged or cut off; write it again.") from None
+    return _parse_json(read_bounded(path, max_bytes=max_bytes), str(path))
 
 
 def read_bounded(path: Path, *, max_bytes: int) -> bytes:
@@ -147,13 +139,19 @@ def read_bounded(path: Path, *, max_bytes: int) -> bytes:
     return data
 
 
+def split_url(path: Path | str) -> tuple[str, str] | None:
+    """Scheme and what follows its slashes, or None where `path` is one of this machine."""
+    found = _URL.match(str(path))
+    return None if found is None else (found.group(1), found.group(2))
+
+
 def refuse_url(path: Path) -> None:
     """Lets the paths of this machine pass, before a folder called ``s3:`` is made.
 
     Raises:
         DataError: if `path` is a URL: frames may be read from one, nothing is written to one.
     """
-    if _URL.match(str(path)):
+    if split_url(path) is not None:
         raise DataError(
             f"{path}: nothing is written to a URL. Name a folder of this machine, and upload that when it is whole."
         )
@@ -242,6 +240,13 @@ def _holder(path: Path) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _parse_json(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}). The file is damaged or cut off; write it again.") from None
 
 
 def _unwritable(path: Path, error: OSError) -> DataError:

@@ -10,7 +10,6 @@ from torch import nn
 
 from picture3d.config import read_config_tree
 from picture3d.datasets.loading import FrameBatches
-from picture3d.datasets.remote import remote_url
 from picture3d.datasets.samples import DataConfig
 from picture3d.errors import ConfigError
 from picture3d.pretrain.picture import Picture, PretrainTask
@@ -130,11 +129,6 @@ def build_targets(config: TargetsConfig, prepared: Path, device: torch.device) -
         case "stored":
             from picture3d.teachers.store import FeatureStore
 
-            if remote_url(prepared) is not None:
-                raise ConfigError(
-                    f"{prepared}: stored targets are read from this machine only. "
-                    "Use targets.mode=online, or copy the folder here."
-                )
             return FeatureStore(prepared / "targets" / config.teacher)
         case "online":
             from picture3d.teachers.targets import OnlineTeacherSource

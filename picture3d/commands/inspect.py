@@ -14,10 +14,10 @@ from picture3d.datasets.check_waymo import check_raw_waymo, check_raw_waymo_v2
 from picture3d.datasets.object_database import databases_of
 from picture3d.datasets.occupancy_store import OccupancyStore, has_occupancy
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
-from picture3d.datasets.remote import remote_url
 from picture3d.datasets.waymo_v2 import waymo_version
 from picture3d.errors import DataError
 from picture3d.files import whole_file
+from picture3d.formats.remote import remote_url
 from picture3d.structures.frame import Frame
 from picture3d.training.runlog import Progress
 

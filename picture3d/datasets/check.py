@@ -33,8 +33,8 @@ import numpy as np
 
 from picture3d.datasets.label_sets import LabelSet
 from picture3d.datasets.prepared import PreparedDataset, log_path
-from picture3d.datasets.remote import remote_url
 from picture3d.errors import DataError
+from picture3d.formats.remote import remote_url
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
 

@@ -3,7 +3,7 @@
 One file: a 24-byte head, a JSON description, then every column as one uncompressed little-endian array, so that it is mapped
 into memory and shared by all loading processes. The description carries a CRC-32C per column, every object one of its points.
 
-`object_building` makes it.
+`object_building` makes it. One under a URL is fetched whole (`formats.remote`) and mapped from this machine's cache.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -26,6 +27,7 @@ from picture3d.datasets.object_parts import (
 )
 from picture3d.datasets.prepared import check_log_name
 from picture3d.errors import DataError
+from picture3d.formats.remote import remote_folder
 from picture3d.structures.points import IntensityUnit
 
 DATABASE_VERSION = 1
@@ -138,7 +140,7 @@ class ObjectDatabase:
         first, count = int(columns["first"][row]), int(columns["count"][row])
         points = {name: columns[name][first : first + count] for name in POINT_COLUMNS if name in columns}
         if len(points["xyz"]) != count or crc_of(list(points.values())) != int(columns["crc32c"][row]):
-            offset = self._offsets["xyz"] + 12 * first
+            offset = self._told.columns["xyz"].offset + 12 * first
             raise DataError(
                 f"{self.path}: the points of object {row} (xyz at byte {offset}) do not match their checksum. {_MEND}"
             )
@@ -166,62 +168,116 @@ class ObjectDatabase:
             self._check_column(name)
 
     def _open(self) -> None:
-        path = self.path
-        try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                head = file.read(HEAD.size)
-                if len(head) < HEAD.size or head[:8] != MAGIC:
-                    raise DataError(f"{path}: not a database of objects. Make one with `picture3d data objects PREPARED`.")
-                _, version, length, crc, own_crc = HEAD.unpack(head)
-                if own_crc != google_crc32c.value(head[:20]) or length > _MAX_DESCRIPTION:
-                    raise DataError(f"{path}: the head at byte 0 does not match its checksum. {_MEND}")
-                if version != DATABASE_VERSION:
-                    raise DataError(
-                        f"{path}: version {version}, this picture3d reads version {DATABASE_VERSION}. "
-                        "Run `picture3d data objects` again."
-                    )
-                text = file.read(length)
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such database. Make it with `picture3d data objects PREPARED`.") from None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
-        if google_crc32c.value(text) != crc:
-            raise DataError(f"{path}: the description at byte {HEAD.size} does not match its checksum. {_MEND}")
-        try:
-            tree = json.loads(text)
-            self.identity: dict[str, Any] = tree["identity"]
-            self.sweeps = int(self.identity["sweeps"])
-            self.categories = tuple(str(name) for name in tree["categories"])
-            self.logs = tuple(str(name) for name in tree["logs"])
-            self.points = int(tree["points"])
-            objects, crcs = int(tree["objects"]), tree["columns"]
-            self.skipped_boxes = int(tree["skipped_boxes"])
-            columns = layout(objects, self.points, HEAD.size + length, [str(name) for name in crcs])
-            self._crcs = {name: int(crcs[name], 16) for name in columns}
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, AttributeError) as error:
-            raise DataError(f"{path}: the description lacks or garbles {error}. {_MEND}") from None
-        self._offsets = {name: place.offset for name, place in columns.items()}
-        end = max((place.offset + place.bytes for place in columns.values()), default=0)
-        if not OBJECT_COLUMNS.keys() | {"xyz", "intensity"} <= columns.keys() or end != size:
-            raise DataError(f"{path}: holds {size} bytes where its description says {end}; it is cut off. {_MEND}")
-        self._columns: dict[str, Any] = {}
-        for name, place in columns.items():
+        remote = remote_folder(self.path.parent)
+        if remote is None:
+            try:
+                with self.path.open("rb") as file:
+                    told = _describe(file, self.path)
+            except FileNotFoundError:
+                raise DataError(f"{self.path}: no such database. Make it with `picture3d data objects PREPARED`.") from None
+            except OSError as error:
+                raise DataError(f"{self.path}: cannot be read ({error.strerror or error}).") from error
+            self._columns = _map_columns(self.path, told)
+        else:
+            name = self.path.name
+            told = remote.begin(name, lambda file: _describe(file, self.path))
+            kept = f"objects-{self.path.stem}.{told.crc32c:08x}"
+            check = partial(_check_columns, told=told, path=self.path)
+            self._columns = remote.open(name, kept, told.bytes, lambda path: _map_columns(path, told), check)
+        self._told = told
+        self.identity, self.sweeps, self.categories, self.logs = told.identity, told.sweeps, told.categories, told.logs
+        self.points, self.skipped_boxes = told.points, told.skipped_boxes
+        for name in OBJECT_COLUMNS:
+            self._check_column(name)
+        for name, limit in (("category", len(self.categories)), ("log", len(self.logs)), ("unit", len(UNITS))):
+            column = self._columns[name]
+            if len(column) and int(column.max()) >= limit:
+                raise DataError(f"{self.path}: column {name} names row {int(column.max())} of {limit}. {_MEND}")
+
+    def _check_column(self, name: str) -> None:
+        _check_columns({name: self._columns[name]}, told=self._told, path=self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Description:
+    """What stands at the beginning of the file."""
+
+    identity: dict[str, Any]
+    sweeps: int
+    categories: tuple[str, ...]
+    logs: tuple[str, ...]
+    points: int
+    skipped_boxes: int
+    columns: dict[str, Place]
+    crcs: dict[str, int]
+    bytes: int  # of the whole file
+    crc32c: int  # of the description, which holds the checksums of all columns
+
+
+def _describe(file: BinaryIO, path: Path) -> _Description:
+    """Reads the head and the description at the beginning of a file; `path` is what errors call it."""
+    head = file.read(HEAD.size)
+    if len(head) < HEAD.size or head[:8] != MAGIC:
+        raise DataError(f"{path}: not a database of objects. Make one with `picture3d data objects PREPARED`.")
+    _, version, length, crc, own_crc = HEAD.unpack(head)
+    if own_crc != google_crc32c.value(head[:20]) or length > _MAX_DESCRIPTION:
+        raise DataError(f"{path}: the head at byte 0 does not match its checksum. {_MEND}")
+    if version != DATABASE_VERSION:
+        raise DataError(
+            f"{path}: version {version}, this picture3d reads version {DATABASE_VERSION}. Run `picture3d data objects` again."
+        )
+    text = file.read(length)
+    if google_crc32c.value(text) != crc:
+        raise DataError(f"{path}: the description at byte {HEAD.size} does not match its checksum. {_MEND}")
+    try:
+        tree = json.loads(text)
+        identity: dict[str, Any] = tree["identity"]
+        points, crcs = int(tree["points"]), tree["columns"]
+        columns = layout(int(tree["objects"]), points, HEAD.size + length, [str(name) for name in crcs])
+        told = _Description(
+            identity=identity,
+            sweeps=int(identity["sweeps"]),
+            categories=tuple(str(name) for name in tree["categories"]),
+            logs=tuple(str(name) for name in tree["logs"]),
+            points=points,
+            skipped_boxes=int(tree["skipped_boxes"]),
+            columns=columns,
+            crcs={name: int(crcs[name], 16) for name in columns},
+            bytes=max((place.offset + place.bytes for place in columns.values()), default=0),
+            crc32c=crc,
+        )
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, AttributeError) as error:
+        raise DataError(f"{path}: the description lacks or garbles {error}. {_MEND}") from None
+    missing = sorted((OBJECT_COLUMNS.keys() | {"xyz", "intensity"}) - columns.keys())
+    if missing:
+        raise DataError(f"{path}: the description lacks the columns {', '.join(missing)}. {_MEND}")
+    return told
+
+
+def _map_columns(path: Path, told: _Description) -> dict[str, Any]:
+    """The columns of a whole file on this machine."""
+    try:
+        size = path.stat().st_size
+        if size != told.bytes:
+            raise DataError(f"{path}: holds {size} bytes where its description says {told.bytes}; it is cut off. {_MEND}")
+        columns: dict[str, Any] = {}
+        for name, place in told.columns.items():
             empty = 0 in place.shape  # an empty array cannot be mapped
-            self._columns[name] = (
+            columns[name] = (
                 np.zeros(place.shape, place.dtype)
                 if empty
                 else np.memmap(path, place.dtype, "r", place.offset, place.shape).view(np.ndarray)
             )
-        for name in OBJECT_COLUMNS:
-            self._check_column(name)
-        for name, limit in (("category", len(self.categories)), ("log", len(self.logs)), ("unit", len(UNITS))):
-            if objects and int(self._columns[name].max()) >= limit:
-                raise DataError(f"{path}: column {name} names row {int(self._columns[name].max())} of {limit}. {_MEND}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    return columns
 
-    def _check_column(self, name: str) -> None:
-        if crc_of([self._columns[name]]) != self._crcs[name]:
-            raise DataError(f"{self.path}: column {name} at byte {self._offsets[name]} does not match its checksum. {_MEND}")
+
+def _check_columns(columns: Mapping[str, Any], *, told: _Description, path: Path) -> None:
+    for name, column in columns.items():
+        if crc_of([column]) != told.crcs[name]:
+            at = told.columns[name].offset
+            raise DataError(f"{path}: column {name} at byte {at} does not match its checksum. {_MEND}")
 
 
 def database_path(root: Path, name: str) -> Path:

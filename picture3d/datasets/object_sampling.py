@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,6 @@ from picture3d.datasets.detection_classes import DetectionClasses
 from picture3d.datasets.object_database import ObjectDatabase, StoredObject
 from picture3d.datasets.object_geometry import inside_any, meet_from_above
 from picture3d.datasets.object_sampling_config import ObjectSamplingConfig
-from picture3d.datasets.remote import remote_url
 from picture3d.datasets.samples import DataConfig, Sample
 from picture3d.datasets.sensor_intensity import scale_intensity
 from picture3d.datasets.source_config import IntensityScale
@@ -165,12 +163,7 @@ def open_sampler(config: ObjectSamplingConfig, classes: DetectionClasses, data: 
         DataError: if the database is missing or damaged.
         ConfigError: see :class:`ObjectSampler`.
     """
-    path = Path(config.path(data.root))
-    if remote_url(path) is not None:
-        raise ConfigError(
-            f"{path}: a database of objects is read from this machine only. Copy it here and name the file in objects.database."
-        )
-    return ObjectSampler(ObjectDatabase(path), config, classes, data)
+    return ObjectSampler(ObjectDatabase(config.path(data.root)), config, classes, data)
 
 
 def _free(boxes: NDArray[np.float64], standing: NDArray[np.float64]) -> list[int]:

@@ -17,16 +17,17 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from picture3d.datasets.remote import remote_url
 from picture3d.errors import DataError
-from picture3d.files import read_json_object
+from picture3d.files import parse_json_object
 from picture3d.formats.block_file import BlockFile, BlockWriter
 from picture3d.formats.columns import PLANES, decode, encode
 from picture3d.formats.framed_file import FramedKind
+from picture3d.formats.remote import MissingObject, read_beside, remote_folder
 from picture3d.structures.frame import Frame
 from picture3d.structures.occupancy import Occupancy, OccupancyGrid
 
 FORMAT = "picture3d-occupancy"
+SUMMARY_NAME = "occupancy.json"
 KIND = FramedKind(
     b"P3DOCC\r\n",
     1,
@@ -50,22 +51,21 @@ class LogOccupancy:
 
 
 def occupancy_folder(prepared_root: Path) -> Path:
-    """Where occupancy labels are kept in a folder of prepared frames.
-
-    Raises:
-        DataError: if the frames lie in a remote store: labels are kept and read on disks only.
-    """
-    if remote_url(prepared_root) is not None:
-        raise DataError(
-            f"{prepared_root}: occupancy labels are kept on a disk, not in a remote store. Copy the folder of prepared frames "
-            "and name the copy."
-        )
+    """Where occupancy labels are kept in a folder of prepared frames."""
     return prepared_root / "occupancy"
 
 
 def has_occupancy(prepared_root: Path) -> bool:
-    """Whether labels were attached, to the end; never to frames in a remote store."""
-    return remote_url(prepared_root) is None and (occupancy_folder(prepared_root) / "occupancy.json").exists()
+    """Whether labels were attached, to the end.
+
+    Raises:
+        DataError: if the frames lie elsewhere and cannot be asked.
+    """
+    try:
+        read_beside(occupancy_folder(prepared_root), SUMMARY_NAME, max_bytes=_MAX_JSON_BYTES)
+    except MissingObject:
+        return False
+    return True
 
 
 def occupancy_path(prepared_root: Path, log: str) -> Path:
@@ -114,12 +114,16 @@ class OccupancyStore:
         """
         self.root = Path(prepared_root)
         self.folder = occupancy_folder(self.root)
-        path = self.folder / "occupancy.json"
-        if not path.exists():
+        self._remote = remote_folder(self.folder)
+        path = self.folder / SUMMARY_NAME
+        try:
+            data = read_beside(self.folder, SUMMARY_NAME, max_bytes=_MAX_JSON_BYTES)
+        except MissingObject:
+            place = self.root if self._remote is None else "PREPARED, and upload PREPARED/occupancy"
             raise DataError(
-                f"{self.root}: no occupancy labels are attached. Run `picture3d prepare occupancy LABELS {self.root}`."
-            )
-        tree = read_json_object(path, max_bytes=_MAX_JSON_BYTES)
+                f"{self.root}: no occupancy labels are attached. Run `picture3d prepare occupancy LABELS {place}`."
+            ) from None
+        tree = parse_json_object(data, str(path))
         if tree.get("format") != FORMAT or tree.get("version") != KIND.version:
             raise DataError(
                 f"{path}: format {tree.get('format')!r} version {tree.get('version')!r}, this picture3d reads {FORMAT!r} "
@@ -197,13 +201,25 @@ class OccupancyStore:
             if log in self._files:
                 self._files.move_to_end(log)
                 return self._files[log]
-            file = BlockFile(occupancy_path(self.root, log), KIND)
-            if file.header.get("log") != log or file.crc32c != self.logs[log].crc32c:
-                raise DataError(f"{file.path}: is not the file that occupancy.json was written for. {KIND.mend}")
-            self._files[log] = file
+            self._files[log] = file = self._opened(log)
             while len(self._files) > self._open_files:
                 self._files.popitem(last=False)  # closed when its last user lets go of it
             return file
+
+    def _opened(self, log: str) -> BlockFile:
+        entry = self.logs[log]
+
+        def open_file(path: Path) -> BlockFile:
+            file = BlockFile(path, KIND)
+            if file.header.get("log") != log or file.crc32c != entry.crc32c:
+                raise DataError(f"{file.path}: is not the file that occupancy.json was written for. {KIND.mend}")
+            return file
+
+        path = occupancy_path(self.root, log)
+        if self._remote is None:
+            return open_file(path)
+        kept = f"{log}.{entry.crc32c:08x}"
+        return self._remote.open(path.name, kept, entry.bytes, open_file, BlockFile.check_bytes)
 
 
 def grid_tree(grid: OccupancyGrid) -> dict[str, Any]:

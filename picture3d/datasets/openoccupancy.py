@@ -27,7 +27,7 @@ from picture3d.datasets.occupancy_store import (
 )
 from picture3d.datasets.prepared import PreparedDataset
 from picture3d.errors import DataError
-from picture3d.files import write_json
+from picture3d.files import refuse_url, write_json
 from picture3d.formats.block_file import BlockFile, BlockWriter
 from picture3d.formats.openoccupancy import GRID_ORIGIN, GRID_SHAPE, VOXEL_SIZE, read_openoccupancy
 from picture3d.structures.occupancy import Occupancy, OccupancyGrid
@@ -78,6 +78,7 @@ def attach_occupancy(labels: Path, dataset: PreparedDataset, *, progress: Progre
         DataError: if the frames are not nuScenes', no label file belongs to any of them, the files of a scene are named after
             other sweeps than its keyframes, or the folder cannot be written.
     """
+    refuse_url(dataset.root)
     root, scenes = label_folder(labels)
     folder = occupancy_folder(dataset.root)
     present = [log for log in dataset.logs() if f"scene_{_scene(dataset, log)}" in scenes]

@@ -15,10 +15,10 @@ from picture3d import __version__
 from picture3d.datasets.label_sets import LabelSet, label_set
 from picture3d.datasets.log_file import FORMAT_VERSION, LogHeader, LogReader, LogSummary, LogWriter, check_log_name
 from picture3d.datasets.occupancy_store import OccupancyStore
-from picture3d.datasets.remote import MissingObject, RemoteFolder, remote_url
 from picture3d.datasets.sensor_intensity import MAX_TABLE_BYTES, TABLE_NAME, IntensityTable
 from picture3d.errors import DataError
-from picture3d.files import parse_json_object, read_bounded, read_json_object, refuse_url, write_json
+from picture3d.files import parse_json_object, read_json_object, refuse_url, write_json
+from picture3d.formats.remote import MissingObject, RemoteFolder, read_beside, remote_folder
 from picture3d.structures.frame import Frame
 
 __all__ = [
@@ -84,8 +84,7 @@ class PreparedDataset:
             DataError: if the folder is not a prepared dataset, or its preparation did not finish.
         """
         self.root = Path(root)
-        url = remote_url(root)
-        self._remote = None if url is None else RemoteFolder(url)
+        self._remote = remote_folder(root)
         # A log that is open takes its bytes on the disk even if the cache has dropped it.
         self._open_logs = max(1, open_logs if self._remote is None else min(open_logs, _OPEN_REMOTE_LOGS))
         self._readers: OrderedDict[str, LogReader] = OrderedDict()
@@ -159,8 +158,6 @@ class PreparedDataset:
         Raises:
             DataError: if none are attached, or their summary is damaged.
         """
-        if self._remote is not None:
-            raise DataError(f"{self.root}: occupancy labels are read from this machine only. Copy the folder here.")
         if self._occupancy is None:
             self._occupancy = OccupancyStore(self.root)
         return self._occupancy
@@ -174,13 +171,7 @@ class PreparedDataset:
         if self._intensity is None:
             path = self.root / TABLE_NAME
             try:
-                if self._remote is None and not path.exists():
-                    raise MissingObject(str(path))
-                data = (
-                    read_bounded(path, max_bytes=MAX_TABLE_BYTES)
-                    if self._remote is None
-                    else self._remote.read(TABLE_NAME, max_bytes=MAX_TABLE_BYTES)
-                )
+                data = read_beside(self.root, TABLE_NAME, max_bytes=MAX_TABLE_BYTES)
             except MissingObject:
                 raise DataError(
                     f"{path}: is not there, so the intensities of its sensors are unknown. "
@@ -219,16 +210,18 @@ class PreparedDataset:
         return reader
 
     def _fetched(self, remote: RemoteFolder, log: str) -> LogReader:
-        """The log from the cache. Another process may drop it before it is open, and a disk may have spoilt it: once more."""
-        for attempt in range(3):
-            path = remote.log(log, self._summaries[log])
-            try:
-                return LogReader(path)
-            except DataError:
-                if attempt == 2:
-                    raise
-                path.unlink(missing_ok=True)
-        raise AssertionError("unreachable")
+        """The log from the cache, every byte compared when it was fetched."""
+        summary = self._summaries[log]
+
+        def open_log(path: Path) -> LogReader:
+            reader = LogReader(path)
+            if reader.summary != summary:
+                reader.close()
+                raise DataError(f"{path}: is not the file that dataset.json was written for. Upload both anew.")
+            return reader
+
+        kept = f"{log}.{summary.crc32c:08x}"
+        return remote.open(f"logs/{log}.p3d", kept, summary.bytes, open_log, LogReader.check_bytes)
 
     def frame(self, key: FrameKey, columns: Collection[str] | None = None) -> Frame:
         """Reads one frame; see :meth:`LogReader.frame`."""

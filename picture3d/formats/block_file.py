@@ -86,3 +86,12 @@ class BlockFile(FramedFile):
             raise DataError(f"{self.path}: there is no block {number}; it has {len(self.blocks)}")
         block = self.blocks[number]
         return self.read_at(block.offset, block.length, block.crc32c, f"{self.path}: block {number}").tobytes()
+
+    def check_bytes(self) -> None:
+        """Compares every block with its checksum.
+
+        Raises:
+            DataError: for the first that does not match.
+        """
+        for number in self.blocks:
+            self.read(number)

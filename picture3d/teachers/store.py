@@ -1,5 +1,7 @@
 """Stored teacher features: ``PREPARED_ROOT/targets/<teacher>/`` holds `teacher.json` and one `<log>.targets` per log.
 
+Of a store under a URL only the files that are read are fetched (`formats.remote`); `files.json` says what they are.
+
 Cells are not stored: they are derived again from the points by the teacher's quantisation, and checksums of points and cells
 refuse a frame that has changed since. Reading a frame touches one block of one file.
 """
@@ -20,16 +22,21 @@ import torch
 from numpy.typing import NDArray
 
 from picture3d.errors import DataError
-from picture3d.files import read_json_object, write_json
+from picture3d.files import parse_json_object, write_json
+from picture3d.formats.framed_file import FramedFile
+from picture3d.formats.remote import MissingObject, read_beside, remote_folder
 from picture3d.ops.quantize import Quantisation, continuous_cells, quantise_points
 from picture3d.structures.frame import Frame
 from picture3d.structures.targets import FrameTargets
 from picture3d.teachers.protocol import Teacher
-from picture3d.teachers.target_file import FORMAT_VERSION, TargetEntry, TargetFile
+from picture3d.teachers.target_file import FORMAT_VERSION, KIND, TargetEntry, TargetFile
 
 _FORMAT = "picture3d-targets"
 _MAX_JSON_BYTES = 1 << 20
+_MAX_LIST_BYTES = 1 << 28
+_LIST_NAME = "files.json"
 _OPEN_FILES = 32
+_OPEN_REMOTE_FILES = 8  # one that is open takes its bytes on the disk even if the cache has dropped it
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +74,11 @@ class StoreSettings:
             DataError: if it is missing, damaged or of another version.
         """
         path = folder / "teacher.json"
-        if not path.exists():
-            raise DataError(f"{folder}: holds no teacher features (no teacher.json). Run `picture3d targets` first.")
-        tree = read_json_object(path, max_bytes=_MAX_JSON_BYTES)
+        try:
+            data = read_beside(folder, path.name, max_bytes=_MAX_JSON_BYTES)
+        except MissingObject:
+            raise DataError(f"{folder}: holds no teacher features (no teacher.json). Run `picture3d targets` first.") from None
+        tree = parse_json_object(data, str(path))
         if tree.get("format") != _FORMAT or tree.get("version") != FORMAT_VERSION:
             raise DataError(
                 f"{path}: format {tree.get('format')!r} version {tree.get('version')!r}, this picture3d reads {_FORMAT!r} "
@@ -115,7 +124,7 @@ class FeatureStore:
         """Reads the store's settings; files are opened when they are read.
 
         Args:
-            folder: ``PREPARED_ROOT/targets/<teacher>``.
+            folder: ``PREPARED_ROOT/targets/<teacher>``, or a URL of one.
             open_files: how many logs are kept open.
 
         Raises:
@@ -124,7 +133,9 @@ class FeatureStore:
         self.folder = Path(folder)
         self.settings = StoreSettings.load(self.folder)
         self._digest = self.settings.digest
-        self._open_files = max(1, open_files)
+        self._remote = remote_folder(self.folder)
+        self._listed = {} if self._remote is None else _read_file_list(self.folder)
+        self._open_files = max(1, open_files if self._remote is None else min(open_files, _OPEN_REMOTE_FILES))
         self._files: OrderedDict[str, TargetFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -137,7 +148,7 @@ class FeatureStore:
     @property
     def logs(self) -> tuple[str, ...]:
         """Logs whose targets are finished, sorted."""
-        return tuple(sorted(path.name.removesuffix(".targets") for path in self.folder.glob("*.targets")))
+        return tuple(sorted(self._listed if self._remote is not None else _finished_logs(self.folder)))
 
     def targets(self, frame: Frame) -> FrameTargets | None:
         """The stored targets of an un-augmented frame; None where none were stored for it (it was no keyframe).
@@ -174,21 +185,77 @@ class FeatureStore:
             if log in self._files:
                 self._files.move_to_end(log)
                 return self._files[log]
-            path = target_path(self.folder, log)
-            if not path.exists():
-                raise DataError(
-                    f"{path}: no targets for log '{log}'. Run `picture3d targets` (again): it computes what is missing."
-                )
-            file = TargetFile(path)
-            if file.log != log or file.settings_digest != self._digest or file.dimension != self.settings.dimension:
-                raise DataError(
-                    f"{path}: was made by another teacher or with other settings than teacher.json says. "
-                    f"Delete the file and run `picture3d targets` again."
-                )
+            file = self._opened(log)
             self._files[log] = file
             while len(self._files) > self._open_files:
                 self._files.popitem(last=False)  # closed when its last user lets go of it
             return file
+
+    def _opened(self, log: str) -> TargetFile:
+        path = target_path(self.folder, log)
+        if not path.exists() if self._remote is None else log not in self._listed:
+            raise DataError(
+                f"{path}: no targets for log '{log}'. Run `picture3d targets` (again): it computes what is missing."
+            )
+        if self._remote is None:
+            return self._own(path, log)
+        size, crc = self._listed[log]
+
+        def open_file(path: Path) -> TargetFile:
+            file = self._own(path, log)
+            if file.crc32c != crc:
+                raise DataError(f"{path}: is not the file that {_LIST_NAME} was written for. Upload the folder anew.")
+            return file
+
+        return self._remote.open(path.name, f"{log}.{crc:08x}", size, open_file, TargetFile.check_bytes)
+
+    def _own(self, path: Path, log: str) -> TargetFile:
+        file = TargetFile(path)
+        if file.log != log or file.settings_digest != self._digest or file.dimension != self.settings.dimension:
+            raise DataError(
+                f"{path}: was made by another teacher or with other settings than teacher.json says. "
+                f"Delete the file and run `picture3d targets` again."
+            )
+        return file
+
+
+def write_file_list(folder: Path) -> None:
+    """Writes `files.json`: size and checksum of every finished file, for those who read the folder from elsewhere.
+
+    A damaged file is not finished and not listed.
+
+    Raises:
+        DataError: if the list cannot be written.
+    """
+    files = {}
+    for log in sorted(_finished_logs(folder)):
+        try:
+            file = FramedFile(target_path(folder, log), KIND)
+        except DataError:
+            continue
+        files[log] = {"bytes": file.size, "crc32c": file.crc32c}
+        file.close()
+    write_json(folder / _LIST_NAME, {"format": _FORMAT, "version": FORMAT_VERSION, "files": files})
+
+
+def _read_file_list(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and checksum of every file."""
+    path = folder / _LIST_NAME
+    mend = (
+        "Run `picture3d targets` again on the folder of the prepared frames (what is finished is kept) and upload its targets."
+    )
+    try:
+        tree = parse_json_object(read_beside(folder, _LIST_NAME, max_bytes=_MAX_LIST_BYTES), str(path))
+    except MissingObject:
+        raise DataError(f"{path}: is not there, so it is unknown which targets are finished. {mend}") from None
+    try:
+        return {_checked_name(str(log)): (int(entry["bytes"]), int(entry["crc32c"])) for log, entry in tree["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: lacks or garbles {error}. {mend}") from None
+
+
+def _finished_logs(folder: Path) -> list[str]:
+    return [path.name.removesuffix(".targets") for path in folder.glob("*.targets")]
 
 
 def store_folder(prepared_root: Path, teacher_name: str) -> Path:

@@ -125,6 +125,15 @@ class TargetFile(FramedFile):
         split = entry.length - entry.cells
         return decode_features(block[:split], entry.codec, entry.cells, self.dimension), block[split:]
 
+    def check_bytes(self) -> None:
+        """Compares every block with its checksum, decoding nothing.
+
+        Raises:
+            DataError: for the first that is damaged.
+        """
+        for entry in self.entries.values():
+            self.read_at(entry.offset, entry.length, entry.crc32c, f"{self.path}: frame {entry.frame}")
+
     def _plausible(self, entry: TargetEntry) -> bool:
         if not (0 <= entry.cells <= entry.points and 0 < self.dimension <= 1 << 16):
             return False

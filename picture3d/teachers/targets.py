@@ -28,6 +28,7 @@ from picture3d.teachers.store import (
     same_points,
     store_folder,
     target_path,
+    write_file_list,
     xyz_checksum,
 )
 from picture3d.teachers.target_file import TargetFile, TargetWriter
@@ -207,6 +208,7 @@ def compute_targets(
         done += len(of_log)
         show(done, total)
         files.append(_count(finished))
+    write_file_list(folder)
     return _summarise(folder, files, made)
 
 

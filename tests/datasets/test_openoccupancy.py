@@ -293,13 +293,6 @@ def test_memory_does_not_grow_with_the_logs(tmp_path):
     assert many - few < 20 * 8000  # some 3 kB of summary a log; its label files are 51,712 bytes
 
 
-def test_labels_of_frames_in_a_remote_store_are_refused_in_words():
-    remote = Path("http://store.example/prepared")
-    assert not has_occupancy(remote)
-    with pytest.raises(DataError, match="Copy the folder of prepared frames"):
-        OccupancyStore(remote)
-
-
 @given(st.binary(max_size=60), st.integers(-5, 1 << 40), st.integers(-5, 100), st.booleans())
 @example(zlib.compress(bytes(1 << 20)), 1 << 18, 1 << 10, False)
 @example(zlib.compress(bytes(4 * 7)) + zlib.compress(bytes(7)), 7, len(zlib.compress(bytes(4 * 7))), False)

@@ -18,10 +18,10 @@ from picture3d.datasets.class_balance import class_counts
 from picture3d.datasets.detection_classes import DetectionClasses
 from picture3d.datasets.loading import FrameBatches
 from picture3d.datasets.prepared import FrameKey, PreparedDataset, open_for_writing
-from picture3d.datasets.remote import LogCache, MissingObject, RemoteFolder, remote_url
 from picture3d.datasets.samples import DataConfig
 from picture3d.datasets.sensor_intensity import measure_intensity, write_table
 from picture3d.errors import ConfigError, DataError
+from picture3d.formats.remote import LogCache, MissingObject, RemoteFolder, remote_url
 from picture3d.recipes.configs import TargetsConfig
 from tests.datasets.made_frames import made_frame, write_made_dataset
 from tests.datasets.object_store import ObjectStore, object_store
@@ -36,7 +36,7 @@ def local(tmp_path):
 @pytest.fixture
 def store(local, tmp_path, monkeypatch):
     monkeypatch.setenv("PICTURE3D_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("picture3d.datasets.remote._FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr("picture3d.formats.remote._FIRST_WAIT_S", 0.0)
     with object_store(local) as found:
         yield found
 
@@ -333,9 +333,9 @@ def test_what_lies_beside_the_frames_comes_too_or_is_refused_in_words(store, loc
     counts = class_counts(there, there.keyframes(), DetectionClasses(("car",)))
     assert counts.shape == (16, 1)
     assert (there.notes_folder / "box_counts" / "min1.json").exists()
-    with pytest.raises(ConfigError, match="stored targets are read from this machine only"):
+    with pytest.raises(DataError, match=r"holds no teacher features \(no teacher\.json\)"):
         build_targets(TargetsConfig(), Path(store.url), torch.device("cpu"))
-    with pytest.raises(DataError, match="occupancy labels are read from this machine only"):
+    with pytest.raises(DataError, match="no occupancy labels are attached"):
         there.occupancy()
     with pytest.raises(DataError, match="only frames on this machine can be checked"):
         check_prepared(Path(store.url))

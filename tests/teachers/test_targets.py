@@ -29,13 +29,19 @@ def test_every_keyframe_of_every_log_gets_targets_and_progress_is_told(dataset: 
     told: list[tuple[int, int]] = []
     summary = compute_targets(dataset, FourierTeacher(), progress=lambda done, total: told.append((done, total)))
     assert summary.folder == dataset.root / "targets" / "fourier"
-    assert sorted(content(summary.folder)) == ["log-a.targets", "log-b.targets", "log-c.targets", "teacher.json"]
+    assert sorted(content(summary.folder)) == [
+        "files.json",
+        "log-a.targets",
+        "log-b.targets",
+        "log-c.targets",
+        "teacher.json",
+    ]
     assert (summary.logs, summary.logs_made, summary.frames) == (3, 3, 6)
     store = FeatureStore(summary.folder)
     assert store.logs == ("log-a", "log-b", "log-c")
     assert store.file("log-a").frames == (0, 2, 4)
     assert summary.cells == sum(entry.cells for log in store.logs for entry in store.file(log).entries.values())
-    assert summary.bytes == sum(len(data) for name, data in content(summary.folder).items() if name != "teacher.json")
+    assert summary.bytes == sum(len(data) for name, data in content(summary.folder).items() if name.endswith(".targets"))
     assert 0.995 <= summary.mean_cosine <= 1
     assert sum(summary.codecs.values()) == 6
     assert "targets of 6 keyframes in 3 logs (3 made now)" in str(summary)

@@ -1,8 +1,9 @@
 """Prepared frames that lie elsewhere: a root such as ``s3://bucket/frames`` or ``https://host/frames``, read through fsspec.
 
-Only the logs that are read are fetched, whole, into a folder of this machine that is shared by all processes and kept below a
-limit; the log that was not used for longest goes first. Every byte of a log is compared with the checksums it holds before the
-log takes its name. Nothing here is used, and no connection is made, unless a root is a URL.
+Only the files that are read (logs; targets, occupancy labels and objects beside them) are fetched, whole, into a folder of this
+machine that is shared by all processes and kept below a limit; the file that was not used for longest goes first. Every byte of
+a file is compared with the checksums it holds before the file takes its name. Nothing here is used, and no connection is made,
+unless a root is a URL.
 
 The folder is ``PICTURE3D_CACHE`` (or ``~/.cache/picture3d``), its limit ``PICTURE3D_CACHE_GB`` (64): where things are kept is a
 matter of the machine and not of a run's config.
@@ -13,20 +14,18 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from picture3d.datasets.log_file import LogReader, LogSummary, check_log_name
 from picture3d.errors import ConfigError, DataError
-from picture3d.files import PARTIAL_SUFFIX, replacing
+from picture3d.files import PARTIAL_SUFFIX, read_bounded, replacing, split_url
 
-# A Path keeps one of the two slashes. A drive letter of Windows is one letter.
-_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+(.*)$", re.DOTALL)
+_T = TypeVar("_T")
+KEPT_SUFFIX = ".p3d"  # of every file in the cache, whatever its kind
 _PART_BYTES = 1 << 22
 _ATTEMPTS = 4
 _FIRST_WAIT_S = 0.5
@@ -39,16 +38,38 @@ def remote_url(root: Path | str) -> str | None:
 
     A `Path` made of ``s3://bucket/x`` reads ``s3:/bucket/x``; both are understood.
     """
-    found = _URL.match(str(root))
+    found = split_url(root)
     if found is None:
         return None
-    scheme, rest = found.group(1).lower(), found.group(2).rstrip("/")
+    scheme, rest = found[0].lower(), found[1].rstrip("/")
     return f"file:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
+
+
+def remote_folder(root: Path | str) -> RemoteFolder | None:
+    """The folder that `root` names if it is a URL, or None for a folder of this machine."""
+    url = remote_url(root)
+    return None if url is None else RemoteFolder(url)
+
+
+def read_beside(root: Path, name: str, *, max_bytes: int) -> bytes:
+    """The bytes of a small file in a folder, here or elsewhere.
+
+    Raises:
+        MissingObject: if it is not there.
+        DataError: if it is larger than `max_bytes` or cannot be read.
+    """
+    remote = remote_folder(root)
+    if remote is not None:
+        return remote.read(name, max_bytes=max_bytes)
+    path = Path(root) / name
+    if not path.exists():
+        raise MissingObject(f"{path}: no such file.")
+    return read_bounded(path, max_bytes=max_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class LogCache:
-    """Fetched logs on this machine, of all remote roots together."""
+    """Fetched files on this machine, of all remote roots together."""
 
     folder: Path
     max_bytes: int
@@ -83,7 +104,7 @@ class LogCache:
         """
         if size > self.max_bytes:
             raise DataError(
-                f"{self.folder}: may hold {self.max_bytes / 1e9:g} GB, a log of {size / 1e9:g} GB does not fit. "
+                f"{self.folder}: may hold {self.max_bytes / 1e9:g} GB, a file of {size / 1e9:g} GB does not fit. "
                 "Set PICTURE3D_CACHE_GB higher."
             )
         if self._use(path, size):
@@ -110,7 +131,7 @@ class LogCache:
     def _make_room(self, size: int, wanted: Path) -> None:
         """Removes the logs that were not used for longest. What others are fetching right now counts and stays."""
         used = 0
-        for partial in self.folder.glob(f"*/*.p3d{PARTIAL_SUFFIX}"):
+        for partial in self.folder.glob(f"*/*{KEPT_SUFFIX}{PARTIAL_SUFFIX}"):
             finished = partial.with_name(partial.name.removesuffix(PARTIAL_SUFFIX))
             if finished == wanted:
                 continue
@@ -120,7 +141,7 @@ class LogCache:
             else:
                 used += _declared_size(finished)
         kept: list[tuple[float, int, Path]] = []
-        for path in self.folder.glob("*/*.p3d"):
+        for path in self.folder.glob(f"*/*{KEPT_SUFFIX}"):
             with suppress(OSError):
                 state = path.stat()
                 kept.append((state.st_mtime, state.st_size, path))
@@ -163,41 +184,67 @@ class RemoteFolder:
 
         return self._tried(name, read)
 
-    def log(self, log: str, summary: LogSummary) -> Path:
-        """The file of a log on this machine, fetched if it is not there, checked by the checksums it holds.
+    def begin(self, name: str, parse: Callable[[BinaryIO], _T]) -> _T:
+        """What `parse` finds at the beginning of a large file; nothing is kept.
 
         Raises:
             MissingObject: if it is not there.
-            DataError: if it cannot be fetched, arrives damaged each time, or is not the log that `summary` describes.
+            DataError: if it cannot be fetched, or `parse` refuses what arrived each time.
         """
-        name = f"logs/{check_log_name(log)}.p3d"
-        path = self.folder / f"{log}.{summary.crc32c:08x}.{summary.bytes}.p3d"
+
+        def read() -> _T:
+            with self._open(name) as file:
+                try:
+                    return parse(file)
+                except DataError as error:
+                    raise _BrokenOffError(f"arrived damaged: {error}") from None
+
+        return self._tried(name, read)
+
+    def open(self, name: str, kept: str, size: int, open_file: Callable[[Path], _T], check: Callable[[_T], None]) -> _T:
+        """A file as `open_file` opens it on this machine, fetched if it is not there.
+
+        Args:
+            name: under the URL.
+            kept: what it is called here, without an ending; another content needs another name.
+            size: its bytes.
+            open_file: opens the file; refuses with a `DataError` what is not the file that was meant.
+            check: compares all that was opened with its checksums; called once, when it was fetched.
+
+        Raises:
+            MissingObject: if it is not there.
+            DataError: if it cannot be fetched, arrives damaged each time, or is not the file that was meant.
+        """
+        path = self.folder / f"{kept}.{size}{KEPT_SUFFIX}"
 
         def fetch(file: BinaryIO, partial: Path) -> None:
             file.seek(0)
             file.truncate()
             with self._open(name) as source:
-                for part in _parts(source, summary.bytes, f"{self.url}/{name}"):
+                for part in _parts(source, size, f"{self.url}/{name}"):
                     file.write(part)
             file.flush()
-            if file.tell() != summary.bytes:
-                raise _BrokenOffError(f"{file.tell()} of {summary.bytes} bytes arrived")
+            if file.tell() != size:
+                raise _BrokenOffError(f"{file.tell()} of {size} bytes arrived")
             try:
-                reader = LogReader(partial)
-                try:
-                    if reader.summary != summary:
-                        raise DataError("is not the file that dataset.json was written for. Upload both anew")
-                    reader.check_bytes()
-                finally:
-                    reader.close()
+                check(open_file(partial))
             except DataError as error:
-                raise _BrokenOffError(f"arrived damaged: {str(error).replace(str(partial), log)}") from None
+                raise _BrokenOffError(f"arrived damaged: {str(error).replace(str(partial), name)}") from None
 
         def fill(partial: Path) -> None:
             with partial.open("wb") as file:
                 self._tried(name, lambda: fetch(file, partial))
 
-        return self.cache.get(path, summary.bytes, fill)
+        # Another process may drop it before it is open, and a disk may have spoilt it: once more.
+        for attempt in range(3):
+            self.cache.get(path, size, fill)
+            try:
+                return open_file(path)
+            except DataError:
+                if attempt == 2:
+                    raise
+                path.unlink(missing_ok=True)
+        raise AssertionError("unreachable")
 
     def _open(self, name: str) -> AbstractContextManager[BinaryIO]:
         """The object as a file to read from beginning to end."""
