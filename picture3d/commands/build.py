@@ -28,11 +28,12 @@ def build_picture(config: PretrainConfig, device: torch.device) -> PretrainTask:
         config.grid.grid,
         config.in_features,
         config.encoder,
-        teacher_channels=config.targets.channels if config.loss.features_weight > 0 else None,
+        teacher_channels=config.teacher_channels,
         decoder=config.decoder.kind,
         decoder_blocks=config.decoder.blocks,
         num_predicted_points=config.loss.num_predicted_points,
         pillars=config.grid.pillars,
+        self_teacher=config.targets.ema if config.targets.mode == "ema" else None,
     )
     return PretrainTask(network.to(device), config.mask, config.loss)
 
@@ -117,6 +118,12 @@ def build_teacher(name: str, weights: Path | None, device: torch.device) -> Teac
             if weights is not None:
                 raise ConfigError("the handcrafted teacher has no weights; leave --weights out")
             return HandcraftedTeacher(device)
+        case "ema":
+            raise ConfigError(
+                "the self-teacher changes with every step of a training, so there is nothing to store or load: pre-train with "
+                "--set targets.mode=ema (or --recipe town-ema). To store the features of a finished encoder, use the teacher "
+                "encoder."
+            )
         case _:
             raise ConfigError(f"no teacher is called '{name}'; there are town, handcrafted and minkunet")
 
@@ -124,7 +131,7 @@ def build_teacher(name: str, weights: Path | None, device: torch.device) -> Teac
 def build_targets(config: TargetsConfig, prepared: Path, device: torch.device) -> FeatureSource | None:
     """Where the targets of a frame are found, as the config wants it."""
     match config.mode:
-        case "none":
+        case "none" | "ema":
             return None
         case "stored":
             from picture3d.teachers.store import FeatureStore

@@ -18,6 +18,7 @@ from picture3d.models.dsvt import Dsvt, DsvtConfig, DsvtOutput
 from picture3d.models.mae_decoder import LightDecoder, VoxelDecoder
 from picture3d.models.voxel_encoder import EncodedVoxels
 from picture3d.ops.scatter import gather_rows, select_unique_rows
+from picture3d.pretrain.ema import EmaConfig, SelfTeacher
 from picture3d.pretrain.losses import LossConfig, coordinates_loss, features_loss, target_points_m, voxel_centers_m
 from picture3d.pretrain.mask_lab import voxel_places
 from picture3d.pretrain.masking import MaskConfig, choose_hidden
@@ -56,7 +57,8 @@ def pretrain_step(
     """
     embedded = model.embed(batch)  # points -> voxels, all of them
     coords = embedded.voxels.coords
-    targets = voxel_targets(batch, embedded.assignment, mask, generator)  # what the teacher says of each voxel
+    own = None if model.self_teacher is None else model.self_teacher(batch)  # a self-teacher sees the whole sweep now
+    targets = voxel_targets(batch, embedded.assignment, mask, generator, own)  # what the teacher says of each voxel
     places, sample = voxel_places(coords, model.grid), coords[:, 0].long()
     hidden = choose_hidden(targets.features, targets.superclass, sample, batch.batch_size, mask, generator, places)
     latent = model.encode(embedded.voxels.select(~hidden))  # the encoder never sees a hidden voxel
@@ -93,6 +95,7 @@ class Picture(nn.Module):
         decoder_blocks: blocks of the voxel decoder.
         num_predicted_points: P, points predicted per hidden voxel.
         pillars: encode pillars instead of voxels.
+        self_teacher: keep a slowly following copy of the encoder, whose features are the targets instead of the batch's.
 
     Raises:
         ConfigError: if grid, windows and strides do not fit each other.
@@ -109,6 +112,7 @@ class Picture(nn.Module):
         decoder_blocks: int = 2,
         num_predicted_points: int = 16,
         pillars: bool = False,
+        self_teacher: EmaConfig | None = None,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -129,6 +133,7 @@ class Picture(nn.Module):
             )
         )
         self.dense_head = Predictors(backbone.channels, num_predicted_points, teacher_channels)
+        self.self_teacher = None if self_teacher is None else SelfTeacher(self.vfe, self.backbone_3d, self_teacher)
 
     def embed(self, batch: PointBatch) -> EncodedVoxels:
         """Points to voxel features, hidden and visible ones alike."""
@@ -218,15 +223,25 @@ class PretrainTask:
 
         "coordinates" (square metres) and "features" are not weighted and are there if their weight is above 0;
         "hidden_share" is the share of all voxels that was really hidden; "hidden_voxels" and "voxels_without_target" are counts
-        over the batch.
+        over the batch. With a self-teacher, which follows the encoder here, also what its `watch` measures.
+
+        Raises:
+            TrainingError: if the self-teacher has collapsed.
         """
+        teacher = self.module.self_teacher
+        if teacher is not None and self.module.training:
+            teacher.follow(self.module.vfe, self.module.backbone_3d)
         step = pretrain_step(self.module, batch, self.mask, self.loss_config, generator)
         hidden = step.hidden.sum().float()
+        watched: dict[str, Tensor] = {}
+        if teacher is not None and step.targets.features is not None and self.module.training:
+            watched = teacher.watch(step.targets.features)
         return {
             **step.losses,
             "hidden_share": hidden / max(1, len(step.hidden)),
             "hidden_voxels": hidden,
             "voxels_without_target": (~step.targets.has_features).sum().float(),
+            **watched,
         }
 
     def reconstruct(self, batch: PointBatch, generator: torch.Generator) -> Reconstruction:

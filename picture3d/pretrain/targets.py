@@ -24,18 +24,36 @@ class VoxelTargets:
     superclass: Tensor  # (M,) int64, 0..K-1; -1 = may not be hidden
 
 
-def voxel_targets(batch: PointBatch, assignment: VoxelAssignment, mask: MaskConfig, generator: torch.Generator) -> VoxelTargets:
+def voxel_targets(
+    batch: PointBatch, assignment: VoxelAssignment, mask: MaskConfig, generator: torch.Generator, own: Tensor | None = None
+) -> VoxelTargets:
     """Carries teacher features and superclasses from points to voxels.
 
     A voxel's feature is the plain mean over its points that have a target; its superclass is their majority (the smallest
     among equals), or comes from clustering the means, as `mask.superclasses` says. A voxel without a target stays visible.
     Without a teacher every voxel may be hidden.
 
+    Args:
+        batch: the points and what a teacher says of them.
+        assignment: which point is in which voxel.
+        mask: which superclasses are needed.
+        generator: source of the clustering.
+        own: (M, D) features of the voxels themselves, of a teacher that sees voxels; the batch's are then not looked at.
+
     Raises:
         ConfigError: if the superclasses that `mask` needs are not in the batch, or are more than it expects.
     """
     voxels = assignment.num_voxels
     device = assignment.coords.device
+    sample = assignment.coords[:, 0]
+    if own is not None:
+        everywhere = torch.ones(voxels, dtype=torch.bool, device=device)
+        superclass = torch.zeros(voxels, dtype=torch.int64, device=device)
+        if mask.kind == "i2mask":
+            if mask.superclasses != "kmeans":
+                raise ConfigError("a self-teacher has no stored superclasses: use mask.superclasses=kmeans")
+            superclass = clustered_superclasses(own, everywhere, sample, batch.batch_size, mask.num_clusters, generator)
+        return VoxelTargets(own, everywhere, superclass)
     if batch.cell_features is None or batch.point_cell is None:
         nothing = torch.zeros(voxels, dtype=torch.bool, device=device)
         return VoxelTargets(None, nothing, torch.zeros(voxels, dtype=torch.int64, device=device))
@@ -49,7 +67,6 @@ def voxel_targets(batch: PointBatch, assignment: VoxelAssignment, mask: MaskConf
     if mask.kind != "i2mask":
         superclass = torch.zeros(voxels, dtype=torch.int64, device=device)
     elif mask.superclasses == "kmeans":
-        sample = assignment.coords[:, 0]
         superclass = clustered_superclasses(features, has_features, sample, batch.batch_size, mask.num_clusters, generator)
     elif batch.cell_superclass is None:
         raise ConfigError("the batch has teacher features but no superclasses: use mask.superclasses=kmeans")

@@ -22,6 +22,7 @@ PRETRAINING: dict[str, Callable[[Path], PretrainConfig]] = {
     "town-picture": pretraining.town_picture,
     "town-coordinates": pretraining.town_coordinates,
     "town-handcrafted": pretraining.town_handcrafted,
+    "town-ema": pretraining.town_ema,
     "waymo-picture": pretraining.waymo_picture,
     "waymo-picture-20": pretraining.waymo_picture_20,
     "nuscenes-picture": pretraining.nuscenes_picture,

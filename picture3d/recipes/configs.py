@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from picture3d.config import FrozenConfig
 from picture3d.datasets.samples import DataConfig
 from picture3d.models.dsvt_config import DsvtConfig
+from picture3d.pretrain.ema import EmaConfig
 from picture3d.pretrain.losses import LossConfig
 from picture3d.pretrain.masking import MaskConfig
 from picture3d.structures.cylinder import CylinderGrid
@@ -54,17 +55,19 @@ class GridConfig(FrozenConfig):
 class TargetsConfig(FrozenConfig):
     """Where the high-level targets come from."""
 
-    mode: Literal["stored", "online", "none"] = Field(
+    mode: Literal["stored", "online", "ema", "none"] = Field(
         default="stored",
         description="stored: as `picture3d targets` left them; online: the teacher looks at each sweep when it is loaded; "
+        "ema: a slowly following copy of the encoder is the teacher, of twice its width; "
         "none: no teacher (coordinates only, random mask)",
     )
     teacher: str = Field(
         default="town", description="town, handcrafted, minkunet, or the name of a store that another teacher filled"
     )
     weights: Path | None = Field(default=None, description="online minkunet: its checkpoint")
-    channels: int = Field(default=64, ge=1, description="length of the teacher's features")
+    channels: int = Field(default=64, ge=1, description="length of the teacher's features; ema has twice the encoder's width")
     superclasses: int = Field(default=8, ge=1, description="online: superclasses per sweep")
+    ema: EmaConfig = EmaConfig()
 
 
 class DecoderConfig(FrozenConfig):
@@ -97,10 +100,19 @@ class PretrainConfig(FrozenConfig):
             raise ValueError("targets.mode=none leaves nothing for loss.features_weight > 0; set it to 0")
         if self.targets.mode == "none" and self.mask.kind == "i2mask":
             raise ValueError("i2mask needs a teacher; with targets.mode=none set mask.kind=random")
+        if self.targets.mode == "ema" and self.mask.kind == "i2mask" and self.mask.superclasses != "kmeans":
+            raise ValueError("targets.mode=ema has no stored superclasses; set mask.superclasses=kmeans")
         if self.loss.features_weight == 0 and self.loss.coordinates_weight == 0:
             raise ValueError("both loss weights are 0: there is nothing to learn")
         self.encoder.stage_shapes(self.grid.grid.shape)
         return self
+
+    @property
+    def teacher_channels(self) -> int | None:
+        """Length of the teacher features that are predicted; None where none are."""
+        if self.loss.features_weight == 0:
+            return None
+        return 2 * self.encoder.channels if self.targets.mode == "ema" else self.targets.channels
 
     @property
     def in_features(self) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from picture3d.datasets.samples import DataConfig
 from picture3d.models.dsvt_config import nuscenes_cylinder_128, nuscenes_pillar_256, nuscenes_voxel_256, waymo_voxel_192
+from picture3d.pretrain.ema import EmaConfig
 from picture3d.pretrain.losses import LossConfig
 from picture3d.pretrain.masking import MaskConfig
 from picture3d.recipes.configs import GridConfig, Metres, PretrainConfig, TargetsConfig
@@ -68,7 +69,26 @@ def town_handcrafted(data: Path) -> PretrainConfig:
         update={
             "recipe": "town-handcrafted",
             "targets": TargetsConfig(teacher="handcrafted", channels=len(COLUMNS)),
+            # Chosen so that at the end the features' part of the loss is twice the points', as in `town_picture`.
             "loss": base.loss.model_copy(update={"features_weight": 8.0}),
+        }
+    )
+
+
+def town_ema(data: Path) -> PretrainConfig:
+    """The same masks and budget as `town_picture`, with the encoder's own slowly following copy as the teacher."""
+    base = town_picture(data)
+    return base.model_copy(
+        update={
+            "recipe": "town-ema",
+            "targets": TargetsConfig(
+                mode="ema",
+                # A run of 150 steps: the copy follows within some 20 steps at first and within 100 at the end.
+                ema=EmaConfig(momentum_start=0.95, momentum_end=0.99, ramp_steps=150),
+            ),
+            "mask": base.mask.model_copy(update={"superclasses": "kmeans"}),
+            # Chosen so that at the end the features' part of the loss is some 1.7 of the points', as in `town_picture`.
+            "loss": base.loss.model_copy(update={"features_weight": 30.0}),
         }
     )
 

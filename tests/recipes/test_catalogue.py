@@ -205,6 +205,7 @@ def test_an_unknown_recipe_names_the_nearest_of_its_kind():
     [
         ("grid.pillars=true", "pillars need one cell along z: set voxel_size z to 8"),
         ("targets.mode=none", "leaves nothing for loss.features_weight"),
+        ("targets.mode=ema", r"set mask\.superclasses=kmeans"),
         ("mask.kind=nothing", r"mask\.kind"),
         ("encoder.channels=65", "65"),
         ("grid.range_max=[48, 48, 3.1]", "not a whole number"),
