@@ -32,11 +32,13 @@ app.add_typer(score_app, name="score")
 
 
 class TeacherName(StrEnum):
-    """The teachers that come with the package."""
+    """Teachers by name; ema lives within pre-training only, and whoever asks for it here is told so."""
 
     TOWN = "town"
     HANDCRAFTED = "handcrafted"
     MINKUNET = "minkunet"
+    ENCODER = "encoder"
+    EMA = "ema"
 
 
 Overrides = Annotated[
@@ -318,7 +320,9 @@ def data_info(
 def targets(
     prepared: Annotated[Path, typer.Argument(help="Folder of prepared frames.")],
     teacher: Annotated[TeacherName, typer.Option(help="Which teacher looks at the sweeps.")] = TeacherName.TOWN,
-    weights: Annotated[Path | None, typer.Option(help="Checkpoint of the minkunet teacher (Seal or SLidR layout).")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="minkunet: checkpoint in Seal's or SLidR's layout; encoder: run or checkpoint.")
+    ] = None,
     superclasses: Annotated[int, typer.Option(min=1, max=255, help="Superclasses per sweep (k of k-means).")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
     device: Device = "auto",

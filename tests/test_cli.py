@@ -76,7 +76,7 @@ def test_version(monkeypatch, capsys):
         ("pretrain --out {0}/run --data {0} --device quantum", "--device quantum"),
         (
             "pretrain --out {0}/run --data {0} --set targets.mode=online --set targets.teacher=towm",
-            "town, handcrafted and minkunet",
+            "town, handcrafted, minkunet and encoder",
         ),
         ("finetune segmentation --out {0}/run --data {0} --label-share 0", "data.label_share: "),
         ("finetune segmentation --out {0}/run --data {0}", "no dataset.json"),

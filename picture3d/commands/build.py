@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from picture3d.config import read_config_tree
-from picture3d.datasets.loading import FrameBatches
-from picture3d.datasets.samples import DataConfig
+from picture3d.datasets.loading import FrameBatches, collate
+from picture3d.datasets.samples import DataConfig, sweep_sample
 from picture3d.errors import ConfigError
 from picture3d.pretrain.picture import Picture, PretrainTask
 from picture3d.recipes.catalogue import RunConfig
 from picture3d.recipes.configs import DetectionConfig, PretrainConfig, SegmentationConfig, TargetsConfig
+from picture3d.structures.batch import PointBatch
+from picture3d.structures.frame import Frame
+from picture3d.structures.points import PointCloud
+from picture3d.structures.poses import Pose
 from picture3d.structures.targets import FeatureSource
 from picture3d.tasks.detection import DetectionNet, DetectionTask
+from picture3d.tasks.encoder import JoinedEncoder, load_encoder
 from picture3d.tasks.segmentation import SegmentationNet, SegmentationTask
+from picture3d.teachers.minkunet import fingerprint
 from picture3d.teachers.protocol import Teacher
+from picture3d.training.weights_import import load_any_weights
 
 
 def build_picture(config: PretrainConfig, device: torch.device) -> PretrainTask:
@@ -118,6 +127,12 @@ def build_teacher(name: str, weights: Path | None, device: torch.device) -> Teac
             if weights is not None:
                 raise ConfigError("the handcrafted teacher has no weights; leave --weights out")
             return HandcraftedTeacher(device)
+        case "encoder":
+            if weights is None:
+                raise ConfigError(
+                    "the teacher encoder is a finished run of this package: name its folder or checkpoint with --weights RUN"
+                )
+            return _encoder_teacher(weights, device)
         case "ema":
             raise ConfigError(
                 "the self-teacher changes with every step of a training, so there is nothing to store or load: pre-train with "
@@ -125,7 +140,43 @@ def build_teacher(name: str, weights: Path | None, device: torch.device) -> Teac
                 "encoder."
             )
         case _:
-            raise ConfigError(f"no teacher is called '{name}'; there are town, handcrafted and minkunet")
+            raise ConfigError(f"no teacher is called '{name}'; there are town, handcrafted, minkunet and encoder")
+
+
+@dataclass(frozen=True, slots=True)
+class _SweepBatch:
+    """Makes single sweeps the input that a data config describes, every point kept in its row."""
+
+    data: DataConfig
+
+    def __call__(self, points: PointCloud) -> PointBatch:
+        return collate([sweep_sample(Frame("sweep", 0, "sweep", 0, points, None, Pose.identity()), self.data)])
+
+
+def _encoder_teacher(source: Path, device: torch.device) -> Teacher:
+    """The encoder of a run or checkpoint, frozen."""
+    from picture3d.teachers.encoder import EncoderTeacher, voxel_quantisation
+
+    checkpoint = load_any_weights(source)
+    tree = checkpoint.meta.get("config")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: does not say how its encoder was built; name a run of this package or its checkpoint")
+    config = _run_config(tree, str(source))
+    if config.data.sweeps > 1:
+        raise ConfigError(
+            f"{source}: its encoder learnt from {config.data.sweeps} sweeps merged; a teacher sees each sweep alone. Use one "
+            "that was trained with data.sweeps=1."
+        )
+    encoder = JoinedEncoder(config.grid.grid, config.in_features, config.encoder, pillars=config.grid.pillars)
+    load_encoder(encoder, source)
+    return EncoderTeacher(
+        network=encoder.to(device).eval().requires_grad_(False),
+        batch_of=_SweepBatch(config.data),
+        dimension=encoder.joined_channels,
+        fingerprint=fingerprint(encoder.state_dict()),
+        quantisation=voxel_quantisation(config.grid.grid, cylinder=config.grid.cylinder),
+        device=device,
+    )
 
 
 def build_targets(config: TargetsConfig, prepared: Path, device: torch.device) -> FeatureSource | None:
@@ -160,13 +211,16 @@ def read_run_config(run: Path) -> RunConfig:
         ConfigError: if the folder holds no config, or one of another kind.
     """
     path = run / "config.json"
-    tree = read_config_tree(path)
+    return _run_config(read_config_tree(path), str(path))
+
+
+def _run_config(tree: dict[str, Any], source: str) -> RunConfig:
     match tree.get("kind"):
         case "pretrain":
-            return PretrainConfig.from_tree(tree, source=str(path))
+            return PretrainConfig.from_tree(tree, source=source)
         case "segmentation":
-            return SegmentationConfig.from_tree(tree, source=str(path))
+            return SegmentationConfig.from_tree(tree, source=source)
         case "detection":
-            return DetectionConfig.from_tree(tree, source=str(path))
+            return DetectionConfig.from_tree(tree, source=source)
         case other:
-            raise ConfigError(f"{path}: not the config of a run (its kind is {other!r})")
+            raise ConfigError(f"{source}: not the config of a run (its kind is {other!r})")

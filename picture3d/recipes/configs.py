@@ -62,9 +62,9 @@ class TargetsConfig(FrozenConfig):
         "none: no teacher (coordinates only, random mask)",
     )
     teacher: str = Field(
-        default="town", description="town, handcrafted, minkunet, or the name of a store that another teacher filled"
+        default="town", description="town, handcrafted, minkunet, encoder, or the name of a store that another teacher filled"
     )
-    weights: Path | None = Field(default=None, description="online minkunet: its checkpoint")
+    weights: Path | None = Field(default=None, description="online minkunet and encoder: the checkpoint")
     channels: int = Field(default=64, ge=1, description="length of the teacher's features; ema has twice the encoder's width")
     superclasses: int = Field(default=8, ge=1, description="online: superclasses per sweep")
     ema: EmaConfig = EmaConfig()
