@@ -69,7 +69,7 @@ def town_handcrafted(data: Path) -> PretrainConfig:
         update={
             "recipe": "town-handcrafted",
             "targets": TargetsConfig(teacher="handcrafted", channels=len(COLUMNS)),
-            # Chosen so that at the end the features' part of the loss is twice the points', as in `town_picture`.
+            # After 40 steps the features' part of the loss is some twice the points', as in `town_picture`.
             "loss": base.loss.model_copy(update={"features_weight": 8.0}),
         }
     )
@@ -87,7 +87,7 @@ def town_ema(data: Path) -> PretrainConfig:
                 ema=EmaConfig(momentum_start=0.95, momentum_end=0.99, ramp_steps=150),
             ),
             "mask": base.mask.model_copy(update={"superclasses": "kmeans"}),
-            # Chosen so that at the end the features' part of the loss is some 1.7 of the points', as in `town_picture`.
+            # After 40 steps the features' part of the loss is some 1.7 of the points', as in `town_picture`.
             "loss": base.loss.model_copy(update={"features_weight": 30.0}),
         }
     )
