@@ -11,9 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from picture3d.commands.build import build_teacher
+from picture3d.datasets.prepared import PreparedDataset
 from picture3d.errors import ConfigError, DataError
 from picture3d.structures.points import IntensityUnit, PointCloud
 from picture3d.teachers.handcrafted import CELL_M, COLUMNS, HandcraftedTeacher
+from picture3d.teachers.store import FeatureStore
+from picture3d.teachers.targets import OnlineTeacherSource, compute_targets
+from tests.datasets.made_frames import made_frame, write_made_dataset
 
 NAMES = [name for name, *_ in COLUMNS]
 
@@ -195,6 +199,21 @@ def test_rows_are_about_as_long_as_those_of_a_learnt_teacher():
     assert features.dtype == torch.float32
     assert 0.3 < float(features.norm(dim=1).median()) < 2
     assert float(features.abs().max()) <= 3 / math.sqrt(len(COLUMNS)) + 1e-6
+
+
+def test_its_features_are_stored_and_read_back_and_given_online_alike(tmp_path: Path):
+    write_made_dataset(tmp_path, {"a": [made_frame("a", index, points=400, seed=index) for index in range(2)]})
+    dataset, teacher = PreparedDataset(tmp_path), HandcraftedTeacher()
+    summary = compute_targets(dataset, teacher, num_superclasses=4)
+    assert summary.frames == len(dataset.keyframes()) > 0
+    assert summary.mean_cosine > 0.995
+    store, online = FeatureStore(tmp_path / "targets" / "handcrafted"), OnlineTeacherSource(teacher, num_superclasses=4)
+    for key in dataset.keyframes():
+        stored, now = store.targets(dataset.frame(key)), online.targets(dataset.frame(key))
+        assert stored is not None
+        np.testing.assert_allclose(stored.features, now.features, atol=0.01)  # int8: half a step of the largest value
+        np.testing.assert_array_equal(stored.superclass, now.superclass)
+        np.testing.assert_array_equal(stored.point_cell, now.point_cell)
 
 
 def test_it_is_built_by_name_and_takes_no_weights():
