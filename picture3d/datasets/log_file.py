@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from picture3d import __version__
 from picture3d.datasets.frame_columns import BOX_COLUMNS, OPTIONAL_COLUMNS, boxes_of, columns_of, frame_of, record_of
 from picture3d.errors import DataError
-from picture3d.formats.columns import PLANES, Codec, checked_size, decode, dtype_name, encode
+from picture3d.formats.columns import PLANES, Codec, checked_size, decode, dtype_name, encode, lossless_codec
 from picture3d.formats.framed_file import FramedFile, FramedKind, FramedWriter
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
@@ -130,7 +130,7 @@ class LogWriter(FramedWriter):
         columns = columns_of(frame, place)
         chunks = {}
         for name, column in columns.items():
-            codec = self._xyz_codec if name == "xyz" else PLANES
+            codec = self._xyz_codec if name == "xyz" else lossless_codec(column)
             try:
                 data = encode(column, codec)
             except DataError as error:
