@@ -82,8 +82,9 @@ def _nuscenes_16() -> LabelSet:
     return LabelSet("nuscenes-16", _NUSCENES_TRAIN_NAMES, _NUSCENES_TRAIN_NAMES, _frozen(table))
 
 
-# Raw SemanticKITTI id -> name and class of the single-scan benchmark (`learning_map` of the official configuration), in order
-# of the ids. They go up to 259: a label byte holds the position in this table.
+# Raw SemanticKITTI id -> name and class of the single-scan benchmark (`labels` and `learning_map` of config/semantic-kitti.yaml
+# in the official semantic-kitti-api, compared id by id), in order of the ids. They go up to 259: a label byte holds the place
+# in this table.
 _SEMANTICKITTI = {
     0: ("unlabeled", 0), 1: ("outlier", 0), 10: ("car", 1), 11: ("bicycle", 2), 13: ("bus", 5), 15: ("motorcycle", 3),
     16: ("on-rails", 5), 18: ("truck", 4), 20: ("other-vehicle", 5), 30: ("person", 6), 31: ("bicyclist", 7),

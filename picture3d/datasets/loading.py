@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from picture3d.datasets.detection_classes import DetectionClasses
+from picture3d.datasets.frame_choice import select_keyframes
 from picture3d.datasets.mixing import EpochOrder, Source, open_sources
 from picture3d.datasets.prepared import FrameKey
-from picture3d.datasets.samples import DataConfig, Sample, finish_sample, load_sample, select_keyframes
+from picture3d.datasets.samples import DataConfig, Sample, finish_sample, load_sample
 from picture3d.errors import ConfigError, DataError
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.boxes import Boxes

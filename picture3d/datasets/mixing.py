@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from picture3d.datasets.class_balance import balanced_keys
 from picture3d.datasets.detection_classes import DetectionClasses
+from picture3d.datasets.frame_choice import select_keyframes
 from picture3d.datasets.frame_order import interleaved, shuffled_rows, stream_rows
 from picture3d.datasets.object_sampling import ObjectSampler, open_sampler
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
-from picture3d.datasets.samples import DataConfig, Sample, read_sample, select_keyframes
+from picture3d.datasets.samples import DataConfig, Sample, read_sample
 from picture3d.errors import ConfigError, DataError
 from picture3d.structures.targets import FeatureSource
 

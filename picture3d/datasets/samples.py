@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,6 @@ from picture3d.structures.frame import Frame
 from picture3d.structures.occupancy import Occupancy
 from picture3d.structures.points import PointCloud
 from picture3d.structures.targets import FeatureSource, FrameTargets
-
-_Item = TypeVar("_Item")
 
 EGO_RADIUS_M = 1.0  # points of earlier sweeps closer than this in |x| and |y| are the car itself
 
@@ -174,54 +172,6 @@ class Sample:
         if self.boxes is None or self.box_class is None:
             return self
         return replace(self, boxes=self.boxes.select(rows), box_class=self.box_class[rows])
-
-
-def select_keyframes(dataset: PreparedDataset, config: DataConfig) -> list[FrameKey]:
-    """The keyframes a config asks for, by log name and time.
-
-    A label share takes whole logs (of those that hold labels, if any does): the first ``max(1, round(share * logs))`` of an
-    order drawn from `label_seed`, so that shares are nested. If the split has a single log, its keyframes are taken
-    in that way instead.
-
-    Raises:
-        DataError: if the split does not exist or holds no keyframe.
-    """
-    keys = dataset.keyframes(config.split)
-    if config.labelled_only:
-        keys = [key for key in keys if _labelled(dataset, key)]
-    if config.occupancy:
-        labelled = {log: frozenset(dataset.occupancy().labelled(log)) for log in dict.fromkeys(key.log for key in keys)}
-        keys = [key for key in keys if key.index in labelled[key.log]]
-    if config.label_share < 1.0:
-        logs = sorted({key.log for key in keys})
-        logs = [log for log in logs if dataset.summary(log).labelled] or logs
-        keys = [key for key in keys if key.log in logs]
-        if len(logs) > 1:
-            chosen = set(_nested_share(logs, config))
-            keys = [key for key in keys if key.log in chosen]
-        elif keys:
-            keys = sorted(_nested_share(keys, config))
-    keys = keys[:: config.every]
-    if config.max_frames is not None and len(keys) > config.max_frames:
-        keys = [keys[i] for i in np.linspace(0, len(keys) - 1, config.max_frames).round().astype(int)]
-    if not keys:
-        what = "labelled keyframe" if config.labelled_only else "keyframe"
-        what += " with occupancy labels" if config.occupancy else ""
-        raise DataError(f"{dataset.root}: split '{config.split}' holds no {what}. Its splits: {', '.join(dataset.splits)}.")
-    return keys
-
-
-def _labelled(dataset: PreparedDataset, key: FrameKey) -> bool:
-    """Whether the frame has labels; the log is opened (a remote one fetched) only where some frames have none."""
-    summary = dataset.summary(key.log)
-    if summary.labelled in (0, summary.frames):
-        return summary.labelled > 0
-    return dataset.reader(key.log).labelled(key.index)
-
-
-def _nested_share(items: list[_Item], config: DataConfig) -> list[_Item]:
-    order = np.random.default_rng(config.label_seed).permutation(len(items))
-    return [items[i] for i in order[: max(1, round(config.label_share * len(items)))]]
 
 
 def load_sample(

@@ -18,7 +18,6 @@ and `unfinished/` is removed. A run that was killed goes on with the first unfin
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -31,13 +30,12 @@ from picture3d.files import whole_file, write_json
 from picture3d.synthetic.drive import DriveConfig, DriveStep, drive_step
 from picture3d.synthetic.ground import OTHER_FLAT, TERRAIN
 from picture3d.synthetic.nuscenes_rows import SCENE_TABLES, Row, SceneJob, SceneRows, map_filename, shared_tables, town_seed
-from picture3d.synthetic.scene_jobs import SPLITS_FILE, Progress, check_counts, refuse_other, run_jobs
+from picture3d.synthetic.scene_jobs import UNFINISHED, Progress, check_counts, write_town
 from picture3d.synthetic.world import Town, build_town
 
 # Raised when the same seed gives another town, so that a dataset is never finished by a generator that did not begin it.
 GENERATOR = 1
 
-_UNFINISHED = "unfinished"
 _MARKER = "finished.json"
 
 
@@ -85,29 +83,18 @@ def write_nuscenes(
         "splits": {"train": names[: scenes - val_scenes], "val": names[scenes - val_scenes :]},
         "drive": config.model_dump(mode="json"),
     }
-    total = scenes * config.sweeps
-    report = progress or (lambda done, total: None)
-    if (root / SPLITS_FILE).exists():
-        refuse_other(root / SPLITS_FILE, settings)
-        shutil.rmtree(root / _UNFINISHED, ignore_errors=True)
-        report(total, total)
-        return
-    plan = root / _UNFINISHED / "settings.json"
-    if plan.exists():
-        refuse_other(plan, settings)
-    else:
-        _refuse_foreign(root, version)
-        write_json(plan, settings)
-    jobs = [SceneJob(root, version, seed, k, config) for k in range(1, scenes + 1)]
-    missing = [job for job in jobs if not (_rows_folder(root, job.name) / _MARKER).exists()]
-    done = (len(jobs) - len(missing)) * config.sweeps
-    report(done, total)
-    for written in run_jobs(_write_scene, missing, processes):
-        done += written
-        report(done, total)
-    _write_tables(root, version, seed, names)
-    write_json(root / SPLITS_FILE, settings)
-    shutil.rmtree(root / _UNFINISHED)
+    write_town(
+        root,
+        settings,
+        [SceneJob(root, version, seed, k, config) for k in range(1, scenes + 1)],
+        write=_write_scene,
+        is_written=lambda job: (_rows_folder(root, job.name) / _MARKER).exists(),
+        frames=config.sweeps,
+        own_folders=(version,),
+        finish=lambda: _write_tables(root, version, seed, names),
+        processes=processes,
+        progress=progress,
+    )
 
 
 # -- one scene --------------------------------------------------------------------------------------------------------
@@ -184,15 +171,4 @@ def _read_rows(path: Path) -> list[Row]:
 
 
 def _rows_folder(root: Path, scene: str) -> Path:
-    return root / _UNFINISHED / scene
-
-
-# -- checks -----------------------------------------------------------------------------------------------------------
-
-
-def _refuse_foreign(root: Path, version: str) -> None:
-    if (root / version).exists():
-        raise ConfigError(
-            f"{root / version} holds tables that this command did not write. Choose an empty folder: "
-            "real data is never mixed with a town."
-        )
+    return root / UNFINISHED / scene

@@ -1,9 +1,10 @@
-"""Scenes written side by side, and the refusals that all writers of towns share."""
+"""How all writers of towns go about it: scenes side by side, what is missing only, refusals, the splits last."""
 
 from __future__ import annotations
 
 import multiprocessing
 import queue
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -11,12 +12,74 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from picture3d.errors import ConfigError, DataError
-from picture3d.files import read_json_object
+from picture3d.files import read_json_object, write_json
 
 # Written last into the root of a dataset: its settings, and which scenes are for training and which for validation.
 SPLITS_FILE = "picture3d_splits.json"
+# What is not finished, and the settings it was begun with; removed in the end.
+UNFINISHED = "unfinished"
 Progress = Callable[[int, int], None]  # (frames done, frames in all)
 Job = TypeVar("Job")
+
+
+def write_town(
+    root: Path,
+    settings: dict[str, Any],
+    jobs: list[Job],
+    *,
+    write: Callable[[Job], Iterable[int]],
+    is_written: Callable[[Job], bool],
+    frames: int,
+    own_folders: Iterable[str],
+    finish: Callable[[], None] = lambda: None,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a dataset, or what is missing of it; does nothing if it is whole.
+
+    Args:
+        root: folder of the dataset; made if missing.
+        settings: all that the bytes depend on, as JSON.
+        jobs: one per scene.
+        write: see :func:`run_jobs`; keeps what is unfinished in ``root/UNFINISHED``.
+        is_written: whether an earlier run finished a scene.
+        frames: of a scene.
+        own_folders: below the root, in which files are that this command did not write, unless it began the dataset.
+        finish: called when all scenes are written, before the dataset counts as whole.
+        processes: scenes written at the same time.
+        progress: called with (frames done, frames in all).
+
+    Raises:
+        ConfigError: if `root` holds a dataset of other settings, or files of somebody else.
+        DataError: if a file cannot be written.
+    """
+    total = len(jobs) * frames
+    report = progress or (lambda done, total: None)
+    if (root / SPLITS_FILE).exists():
+        refuse_other(root / SPLITS_FILE, settings)
+        shutil.rmtree(root / UNFINISHED, ignore_errors=True)
+        report(total, total)
+        return
+    plan = root / UNFINISHED / "settings.json"
+    if plan.exists():
+        refuse_other(plan, settings)
+    else:
+        for folder in own_folders:
+            if (root / folder).exists():
+                raise ConfigError(
+                    f"{root / folder} holds files that this command did not write. Choose an empty folder: "
+                    "real data is never mixed with a town."
+                )
+        write_json(plan, settings)
+    missing = [job for job in jobs if not is_written(job)]
+    done = (len(jobs) - len(missing)) * frames
+    report(done, total)
+    for written in run_jobs(write, missing, processes):
+        done += written
+        report(done, total)
+    finish()
+    write_json(root / SPLITS_FILE, settings)
+    shutil.rmtree(root / UNFINISHED)
 
 
 def run_jobs(write: Callable[[Job], Iterable[int]], jobs: list[Job], processes: int) -> Iterator[int]:

@@ -16,20 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from picture3d.errors import ConfigError
-from picture3d.files import replacing, write_json
+from picture3d.files import replacing
 from picture3d.formats.feather import need_pyarrow
 from picture3d.structures.poses import Pose
 from picture3d.synthetic.nuscenes_rows import town_seed
-from picture3d.synthetic.scene_jobs import SPLITS_FILE, Progress, check_counts, refuse_other, run_jobs
+from picture3d.synthetic.scene_jobs import Progress, check_counts, write_town
 from picture3d.synthetic.waymo_drive import WaymoConfig, WaymoFrame, waymo_frame
 from picture3d.synthetic.waymo_lidar import LASERS
 from picture3d.synthetic.waymo_messages import difficulty, heading, pixel_classes, pixel_poses, range_image
-from picture3d.synthetic.waymo_writer import GENERATOR, SPLIT_FOLDERS, SegmentJob
+from picture3d.synthetic.waymo_writer import SPLIT_FOLDERS, SegmentJob, segment_jobs
 from picture3d.synthetic.world import build_town
 
 _COMPONENTS = ("lidar", "lidar_pose", "lidar_segmentation", "lidar_box", "lidar_calibration", "vehicle_pose")
-_PLAN = "picture3d_unfinished.json"
 
 
 def write_waymo_v2(
@@ -52,39 +50,18 @@ def write_waymo_v2(
     need_pyarrow(f"{root}: writing Parquet files")
     check_counts(scenes=scenes, frames=("frames_per_scene", frames_per_scene), val_scenes=val_scenes, processes=processes)
     config = config.model_copy(update={"frames": frames_per_scene})
-    jobs = [
-        SegmentJob(root, "train" if scene <= scenes - val_scenes else "val", seed, scene, config)
-        for scene in range(1, scenes + 1)
-    ]
-    settings: dict[str, Any] = {
-        "dataset": "picture3d town",
-        "format": "waymo v2",
-        "generator": GENERATOR,
-        "seed": seed,
-        "splits": {split: [job.name for job in jobs if job.split == split] for split in SPLIT_FOLDERS},
-        "drive": config.model_dump(mode="json"),
-    }
-    total = scenes * frames_per_scene
-    report = progress or (lambda done, total: None)
-    if (root / SPLITS_FILE).exists():
-        refuse_other(root / SPLITS_FILE, settings)
-        report(total, total)
-        return
-    if (root / _PLAN).exists():
-        refuse_other(root / _PLAN, settings)
-    else:
-        found = [folder for folder in SPLIT_FOLDERS.values() if (root / folder).exists()]
-        if found:
-            raise ConfigError(f"{root / found[0]} holds files that this command did not write. Choose an empty folder.")
-        write_json(root / _PLAN, settings)
-    missing = [job for job in jobs if not _file(job, "lidar").exists()]
-    done = (len(jobs) - len(missing)) * frames_per_scene
-    report(done, total)
-    for written in run_jobs(_write_segment, missing, processes):
-        done += written
-        report(done, total)
-    write_json(root / SPLITS_FILE, settings)
-    (root / _PLAN).unlink()
+    jobs, settings = segment_jobs(root, "waymo v2", scenes=scenes, val_scenes=val_scenes, seed=seed, config=config)
+    write_town(
+        root,
+        settings,
+        jobs,
+        write=_write_segment,
+        is_written=lambda job: _file(job, "lidar").exists(),
+        frames=frames_per_scene,
+        own_folders=SPLIT_FOLDERS.values(),
+        processes=processes,
+        progress=progress,
+    )
 
 
 def _file(job: SegmentJob, component: str) -> Path:

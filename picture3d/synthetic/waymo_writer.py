@@ -15,18 +15,15 @@ first segment that is not there and ends with the same bytes; `picture3d_splits.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from picture3d.errors import ConfigError
-from picture3d.files import write_json
 from picture3d.formats.tfrecord import RecordWriter, read_records
 from picture3d.synthetic.nuscenes_rows import town_seed
-from picture3d.synthetic.scene_jobs import SPLITS_FILE, Progress, check_counts, refuse_other, run_jobs
+from picture3d.synthetic.scene_jobs import UNFINISHED, Progress, check_counts, write_town
 from picture3d.synthetic.waymo_drive import FRAME_GAP_US, WaymoConfig, waymo_frame
 from picture3d.synthetic.waymo_messages import frame_body, frame_context
 from picture3d.synthetic.world import build_town
@@ -34,8 +31,6 @@ from picture3d.synthetic.world import build_town
 # Raised when the same seed gives other frames, so that a dataset is never finished by a generator that did not begin it.
 GENERATOR = 1
 SPLIT_FOLDERS = {"train": "training", "val": "validation"}
-
-_UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,45 +86,43 @@ def write_waymo(
     """
     check_counts(scenes=scenes, frames=("frames_per_scene", frames_per_scene), val_scenes=val_scenes, processes=processes)
     config = config.model_copy(update={"frames": frames_per_scene})
+    jobs, settings = segment_jobs(root, "waymo v1", scenes=scenes, val_scenes=val_scenes, seed=seed, config=config)
+    write_town(
+        root,
+        settings,
+        jobs,
+        write=_write_segment,
+        is_written=lambda job: job.path.exists(),
+        frames=frames_per_scene,
+        own_folders=SPLIT_FOLDERS.values(),
+        processes=processes,
+        progress=progress,
+    )
+
+
+def segment_jobs(
+    root: Path, form: str, *, scenes: int, val_scenes: int, seed: int, config: WaymoConfig
+) -> tuple[list[SegmentJob], dict[str, Any]]:
+    """The segments of a town in either version of the dataset, and all that their bytes depend on."""
     jobs = [
         SegmentJob(root, "train" if scene <= scenes - val_scenes else "val", seed, scene, config)
         for scene in range(1, scenes + 1)
     ]
     settings: dict[str, Any] = {
         "dataset": "picture3d town",
-        "format": "waymo v1",
+        "format": form,
         "generator": GENERATOR,
         "seed": seed,
         "splits": {split: [job.name for job in jobs if job.split == split] for split in SPLIT_FOLDERS},
         "drive": config.model_dump(mode="json"),
     }
-    total = scenes * frames_per_scene
-    report = progress or (lambda done, total: None)
-    if (root / SPLITS_FILE).exists():
-        refuse_other(root / SPLITS_FILE, settings)
-        shutil.rmtree(root / _UNFINISHED, ignore_errors=True)
-        report(total, total)
-        return
-    plan = root / _UNFINISHED / "settings.json"
-    if plan.exists():
-        refuse_other(plan, settings)
-    else:
-        _refuse_foreign(root)
-        write_json(plan, settings)
-    missing = [job for job in jobs if not job.path.exists()]
-    done = (len(jobs) - len(missing)) * frames_per_scene
-    report(done, total)
-    for written in run_jobs(_write_segment, missing, processes):
-        done += written
-        report(done, total)
-    write_json(root / SPLITS_FILE, settings)
-    shutil.rmtree(root / _UNFINISHED)
+    return jobs, settings
 
 
 def _write_segment(job: SegmentJob) -> Iterator[int]:
     """Writes one segment; yields 1 after each frame."""
     town = build_town(town_seed(job.seed, job.scene), job.config.town)
-    bodies = job.root / _UNFINISHED / f"{job.name}.tfrecord"
+    bodies = job.root / UNFINISHED / f"{job.name}.tfrecord"
     types: dict[str, int] = {}  # of every object that has a label, by its id
     with RecordWriter(bodies) as writer:
         for index in range(job.config.frames):
@@ -145,12 +138,3 @@ def _write_segment(job: SegmentJob) -> Iterator[int]:
             writer.write(context + body)
     bodies.unlink()
     yield 1
-
-
-def _refuse_foreign(root: Path) -> None:
-    found = [folder for folder in SPLIT_FOLDERS.values() if (root / folder).exists()]
-    if found:
-        raise ConfigError(
-            f"{root / found[0]} holds segments that this command did not write. Choose an empty folder: "
-            "real data is never mixed with a town."
-        )

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from picture3d.datasets.augment import AugmentConfig
+from picture3d.datasets.frame_choice import select_keyframes
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
-from picture3d.datasets.samples import DataConfig, load_sample, select_keyframes
+from picture3d.datasets.samples import DataConfig, load_sample
 from picture3d.errors import ConfigError, DataError
 from picture3d.structures.frame import Frame
 from picture3d.structures.points import IntensityUnit, PointCloud

@@ -203,3 +203,20 @@ def test_the_real_scans_hold_the_points_and_classes_that_were_counted(tmp_path):
     assert np.array_equal(frame.instances, raw_labels >> 16)  # type: ignore[arg-type]
     road = frame.points.xyz[SEMANTICKITTI.to_train(frame.labels) == 9]
     assert -2.2 < np.median(road[:, 2]) < -1.4  # the scanner stands 1.73 m above the road
+
+
+# Which raw ids the single-scan benchmark joins: `learning_map` of config/semantic-kitti.yaml in semantic-kitti-api.
+OFFICIAL_CLASSES = {
+    0: (0, 1, 52, 99), 1: (10, 252), 2: (11,), 3: (15,), 4: (18, 258), 5: (13, 16, 20, 256, 257, 259), 6: (30, 254),
+    7: (31, 253), 8: (32, 255), 9: (40, 60), 10: (44,), 11: (48,), 12: (49,), 13: (50,), 14: (51,), 15: (70,), 16: (71,),
+    17: (72,), 18: (80,), 19: (81,),
+}  # fmt: skip
+
+
+def test_the_classes_are_those_of_the_official_configuration():
+    joined = {raw: train for train, raws in OFFICIAL_CLASSES.items() for raw in raws}
+    assert sorted(joined) == list(SEMANTICKITTI_IDS)
+    compact = np.arange(len(SEMANTICKITTI_IDS), dtype=np.uint8)
+    assert dict(zip(SEMANTICKITTI_IDS, SEMANTICKITTI.to_train(compact).tolist(), strict=True)) == joined
+    assert SEMANTICKITTI.train_names[5] == "other-vehicle"
+    assert SEMANTICKITTI.train_names[19] == "traffic-sign"

@@ -97,7 +97,8 @@ def test_the_writer_goes_on_where_it_was_stopped_and_ends_with_the_same_bytes(to
     files = {path: path.read_bytes() for path in raw.rglob("*.parquet")}
     assert len(files) == 12
     assert not list(raw.rglob("*.partial"))
-    (raw / "picture3d_splits.json").rename(raw / "picture3d_unfinished.json")
+    (raw / "unfinished").mkdir()
+    (raw / "picture3d_splits.json").rename(raw / "unfinished" / "settings.json")
     component_file(raw / "training", "lidar", segment_of(raw)).unlink()
     component_file(raw / "training", "lidar_box", segment_of(raw)).write_bytes(b"half")
     write_waymo_v2(raw, **arguments)

@@ -11,7 +11,8 @@ import pytest
 
 from picture3d.errors import ConfigError
 from picture3d.formats.lidarseg_categories import INDEX_OF, LIDARSEG_CATEGORIES
-from picture3d.synthetic.nuscenes_writer import SPLITS_FILE, write_nuscenes
+from picture3d.synthetic.nuscenes_writer import write_nuscenes
+from picture3d.synthetic.scene_jobs import SPLITS_FILE
 
 TABLES = [
     *("attribute", "calibrated_sensor", "category", "ego_pose", "instance", "lidarseg", "log"),
