@@ -27,9 +27,22 @@ from torch.utils.checkpoint import checkpoint
 
 from picture3d.errors import ConfigError
 from picture3d.models.dsvt_config import DsvtConfig, Triple
-from picture3d.models.row_norm import RowBatchNorm
+from picture3d.models.row_norm import RowBatchNorm, fold_row_norm
 from picture3d.ops.attention import AttentionWeights, pooling_attention, set_attention
-from picture3d.ops.sets import PaddedSets, SetBuckets, Windows, padded_sets, set_buckets, set_partition, window_partition
+from picture3d.ops.scatter import exchange_rows, gather_rows, select_unique_rows
+from picture3d.ops.sets import (
+    PlacedRuns,
+    SetLayout,
+    SetRuns,
+    WindowPlaces,
+    Windows,
+    padded_sets,
+    set_buckets,
+    set_partition,
+    set_runs,
+    window_partition,
+    window_places,
+)
 from picture3d.structures.voxels import SparseVoxels, voxel_keys
 
 __all__ = ["AttentionPooling", "Dsvt", "DsvtConfig", "DsvtOutput"]
@@ -113,14 +126,20 @@ class Dsvt(nn.Module):
             shift: make_set_layout(windows[shift], config.set_sizes[stage], config.attention)
             for shift in sorted({block_id % 2 for block_id in block_ids})
         }
+        # Voxels at one position of their windows share its embedding; finding out how many differ needs the host.
+        in_runs = any(isinstance(layout, SetRuns) for layout in sets.values())
+        places = {source: window_places(windows[source]) for source in (0, 1)} if in_runs else {}
         blocks = cast(nn.ModuleList, self.get_submodule(f"stage_{stage}"))
         norms = cast(nn.ModuleList, self.get_submodule(f"residual_norm_stage_{stage}"))
         for number, (block_id, block, norm) in enumerate(zip(block_ids, blocks, norms, strict=True)):
             shift = block_id % 2
             # Two embeddings per block, one for each layer. The reference takes them in the windows of shift 0 and 1
             # although both layers use the windows of `shift`; trained weights depend on it.
-            sources = windows if config.posembed_quirk else (windows[shift], windows[shift])
-            positions = [self.input_layer(stage, number, layer, source) for layer, source in enumerate(sources)]
+            sources = (0, 1) if config.posembed_quirk else (shift, shift)
+            positions = [
+                self.input_layer(stage, number, layer, windows[source], places.get(source))
+                for layer, source in enumerate(sources)
+            ]
             if config.activation_checkpointing and self.training:
                 update = cast(Tensor, checkpoint(block, x, positions, sets[shift], use_reentrant=False))
             else:
@@ -129,13 +148,13 @@ class Dsvt(nn.Module):
         return x
 
 
-def make_set_layout(windows: Windows, set_size: int, attention: str) -> PaddedSets | SetBuckets:
+def make_set_layout(windows: Windows, set_size: int, attention: str) -> SetLayout:
     """The sets of windows in the layout of the chosen form of attention, "padded" or "bucketed"."""
     if attention == "padded":
         return padded_sets(windows, set_size)
+    partition = set_partition(windows, set_size)
     # On a GPU one block of full sets spares reading the lengths back; on a CPU every spare slot costs.
-    max_blocks = 1 if windows.window.is_cuda else 6
-    return set_buckets(set_partition(windows, set_size), max_blocks)
+    return set_buckets(partition, max_blocks=1) if windows.window.is_cuda else set_runs(partition)
 
 
 def _both_windows(config: DsvtConfig, shape: Triple, stage: int, coords: Tensor) -> tuple[Windows, Windows]:
@@ -145,6 +164,20 @@ def _both_windows(config: DsvtConfig, shape: Triple, stage: int, coords: Tensor)
         window_partition(coords, shape, (x, y, z), config.shifts[0]),
         window_partition(coords, shape, (x * fx, y * fy, z * fz), config.shifts[1]),
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PositionRows:
+    """Position embeddings of N voxels, kept once for all voxels that share one."""
+
+    values: Tensor  # (U, C)
+    row_of_voxel: Tensor | None  # (N,) int64; None: voxel i has row i
+
+    def of(self, voxels: Tensor | None) -> Tensor:
+        """Embeddings of the voxels at (K,) different rows, or of all of them: (K, C)."""
+        if self.row_of_voxel is None:
+            return self.values if voxels is None else select_unique_rows(self.values, voxels)
+        return gather_rows(self.values, self.row_of_voxel if voxels is None else self.row_of_voxel[voxels])
 
 
 class _InputLayer(nn.Module):
@@ -160,9 +193,9 @@ class _InputLayer(nn.Module):
             for blocks, shape in zip(config.blocks, shapes, strict=True)
         )
 
-    def forward(self, stage: int, block: int, layer: int, windows: Windows) -> Tensor:
+    def forward(self, stage: int, block: int, layer: int, windows: Windows, places: WindowPlaces | None) -> PositionRows:
         layers = cast(nn.ModuleList, cast(nn.ModuleList, self.posembed_layers[stage])[block])
-        return layers[layer](windows)
+        return layers[layer](windows, places)
 
 
 class _PositionEmbedding(nn.Module):
@@ -177,9 +210,15 @@ class _PositionEmbedding(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def forward(self, windows: Windows) -> Tensor:
+    def forward(self, windows: Windows, places: WindowPlaces | None) -> PositionRows:
+        """Embeds every voxel, or every place that occurs."""
         half = torch.tensor(windows.size[: self.columns], dtype=self.dtype, device=windows.position.device) / 2
-        return self.position_embedding_head(windows.position[:, : self.columns].to(self.dtype) - half)
+        if places is None:
+            return PositionRows(self.position_embedding_head(windows.position[:, : self.columns].to(self.dtype) - half), None)
+        position = places.position[:, : self.columns].to(self.dtype) - half
+        linear, norm, relu, last = self.position_embedding_head
+        weight, bias = fold_row_norm(cast(nn.Linear, linear), cast(RowBatchNorm, norm), position, places.count)
+        return PositionRows(last(relu(F.linear(position, weight, bias))), places.place_of_voxel)
 
 
 class _Block(nn.Module):
@@ -189,10 +228,19 @@ class _Block(nn.Module):
         super().__init__()
         self.encoder_list = nn.ModuleList([_EncoderLayer(config) for _ in range(2)])
 
-    def forward(self, x: Tensor, positions: list[Tensor], sets: PaddedSets | SetBuckets) -> Tensor:
+    def forward(self, x: Tensor, positions: list[PositionRows], sets: SetLayout) -> Tensor:
+        if not isinstance(sets, SetRuns):
+            for axis, (layer, position) in enumerate(zip(self.encoder_list, positions, strict=True)):
+                x = layer(x, position.of(None), sets, axis)
+            return x
+        # Each layer runs in the order of its sets, so the voxels move once per layer, and not queries, keys and values.
+        there, back = sets.voxel_of_place, sets.place_of_voxel
+        x = exchange_rows(x, there[0], back[0])
         for axis, (layer, position) in enumerate(zip(self.encoder_list, positions, strict=True)):
-            x = layer(x, position, sets, axis)
-        return x
+            if axis > 0:
+                x = exchange_rows(x, back[axis - 1][there[axis]], back[axis][there[axis - 1]])
+            x = layer(x, position.of(there[axis]), sets.placed, axis)
+        return exchange_rows(x, back[-1], there[-1])
 
 
 class _EncoderLayer(nn.Module):
@@ -201,7 +249,7 @@ class _EncoderLayer(nn.Module):
         self.win_attn = _AttentionAndFeedForward(config)
         self.norm = nn.LayerNorm(config.channels)
 
-    def forward(self, x: Tensor, position: Tensor, sets: PaddedSets | SetBuckets, axis: int) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor, sets: SetLayout | PlacedRuns, axis: int) -> Tensor:
         return self.norm(self.win_attn(x, position, sets, axis) + x)
 
 
@@ -214,7 +262,7 @@ class _AttentionAndFeedForward(nn.Module):
         self.norm1 = nn.LayerNorm(config.channels)
         self.norm2 = nn.LayerNorm(config.channels)
 
-    def forward(self, x: Tensor, position: Tensor, sets: PaddedSets | SetBuckets, axis: int) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor, sets: SetLayout | PlacedRuns, axis: int) -> Tensor:
         attended = set_attention(x + position, x, sets, axis, self.self_attn.weights())
         hidden = self.norm1(x + attended)
         return self.norm2(hidden + self.linear2(F.gelu(self.linear1(hidden))))

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from picture3d.ops.attention import AttentionWeights, pooling_attention, set_attention
-from picture3d.ops.sets import PaddedSets, SetBuckets, Windows, padded_sets, set_buckets, set_partition, window_partition
+from picture3d.ops.sets import (
+    PaddedSets,
+    SetBuckets,
+    Windows,
+    padded_sets,
+    set_buckets,
+    set_partition,
+    set_runs,
+    window_partition,
+)
 from tests.ops.test_sets import random_coords
 
 C, HEADS = 12, 3
@@ -36,6 +45,7 @@ def layouts(windows: Windows, set_size: int) -> dict[str, PaddedSets | SetBucket
         "one block": set_buckets(partition, 1),
         "few blocks": set_buckets(partition, 3),
         "many blocks": set_buckets(partition, 100),
+        "runs": set_runs(partition),
     }
 
 

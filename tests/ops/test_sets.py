@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from picture3d.ops.sets import Windows, padded_sets, set_buckets, set_partition, window_partition
+from picture3d.ops.sets import Windows, padded_sets, set_buckets, set_partition, set_runs, window_partition, window_places
 from tests.sample_data import golden_files
 
 # (grid, window, hybrid factor, offsets of the two shifts, set size) of each stage
@@ -172,3 +172,37 @@ def test_no_voxels_give_no_sets():
     for max_blocks in (1, 6):
         assert set_buckets(partition, max_blocks).blocks == ()
         assert set_buckets(partition, max_blocks).slot_of_voxel.shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("count", "window"), [(400, (4, 4, 2)), (400, (9, 9, 4)), (3, (9, 9, 4)), (1, (2, 2, 1)), (0, (4, 4, 2))]
+)
+def test_places_are_the_different_positions_with_their_counts(count: int, window: tuple[int, int, int]):
+    windows = window_partition(random_coords(count, (11, 7, 4)), (11, 7, 4), window, (3, 3, 0))
+    places = window_places(windows)
+    expected, row, counts = np.unique(windows.position.numpy(), axis=0, return_inverse=True, return_counts=True)
+    assert np.array_equal(places.position, expected)
+    assert places.place_of_voxel.tolist() == row.ravel().tolist()
+    assert places.count.tolist() == counts.tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(0, 150), set_size=st.integers(1, 20), seed=st.integers(0, 99))
+def test_runs_hold_every_set_once_and_whole(count, set_size, seed):
+    windows = window_partition(random_coords(count, (11, 7, 4), seed=seed), (11, 7, 4), (4, 4, 4), (2, 2, 0))
+    partition = set_partition(windows, set_size)
+    runs = set_runs(partition)
+    assert [length for _, length in runs.placed.blocks] == sorted({length for _, length in runs.placed.blocks})
+    lengths = [length for sets, length in runs.placed.blocks for _ in range(sets)]
+    for axis in (0, 1):
+        assert torch.equal(runs.voxel_of_place[axis][runs.place_of_voxel[axis]], torch.arange(partition.num_voxels))
+        found = [tuple(piece.tolist()) for piece in runs.voxel_of_place[axis].split(lengths)]
+        pieces = [tuple(p.tolist()) for p in torch.tensor_split(partition.order[axis], partition.set_start[1:-1]) if len(p)]
+        assert sorted(found) == sorted(pieces)
+
+
+def test_keys_too_large_to_pack_are_sorted_all_the_same():
+    position = torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 0, 0]])
+    near, far = (Windows(base + torch.tensor([1, 1, 0]), position, (2, 1, 1)) for base in (0, 1 << 60))
+    for one, other in ((set_partition(windows, 1).order, torch.tensor([[2, 1, 0]] * 2)) for windows in (near, far)):
+        assert torch.equal(one, other)
