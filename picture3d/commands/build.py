@@ -30,8 +30,11 @@ from picture3d.teachers.protocol import Teacher
 from picture3d.training.weights_import import load_any_weights
 
 
-def build_picture(config: PretrainConfig, device: torch.device) -> PretrainTask:
-    """The pre-training network, its first weights drawn from the training seed."""
+def build_picture(config: PretrainConfig, device: torch.device, *, epoch_batches: int | None = None) -> PretrainTask:
+    """The pre-training network, its first weights drawn from the training seed.
+
+    With `epoch_batches`, the batches of an epoch, it is ready for training: a gate is given its sample.
+    """
     torch.manual_seed(config.training.seed)
     network = Picture(
         config.grid.grid,
@@ -43,8 +46,13 @@ def build_picture(config: PretrainConfig, device: torch.device) -> PretrainTask:
         num_predicted_points=config.loss.num_predicted_points,
         pillars=config.grid.pillars,
         self_teacher=config.targets.ema if config.targets.mode == "ema" else None,
+        hierarchy=config.hierarchy,
+        gate=config.gate,
     )
-    return PretrainTask(network.to(device), config.mask, config.loss)
+    sample = None
+    if config.gate.enabled and epoch_batches is not None:
+        sample = sample_batch(config.data, config.gate.frames).to(device)
+    return PretrainTask(network.to(device), config.mask, config.loss, gate_sample=sample, epoch_batches=epoch_batches)
 
 
 def build_segmentation(config: SegmentationConfig, device: torch.device) -> SegmentationTask:
@@ -97,6 +105,16 @@ def scoring_batches(data: DataConfig, *, root: Path | None, split: str | None, l
         | {"labels": labels, "box_classes": (), "range_min": None, "range_max": None}
     )
     return FrameBatches(whole, batch_size=1, seed=0, train=False)
+
+
+def sample_batch(data: DataConfig, frames: int, *, root: Path | None = None, split: str | None = None) -> PointBatch:
+    """A few whole sweeps as one batch: frames evenly spread over a dataset (the first of several), as they are."""
+    updates: dict[str, object] = {"also": (), "labels": False, "box_classes": (), "label_share": 1.0, "max_frames": None}
+    updates |= {"root": root or data.root, "split": split or data.split, "every": 1, "objects": None, "cache_bytes": 0}
+    batches = FrameBatches(data.model_copy(update=updates), batch_size=frames, seed=0, train=False)
+    count = min(frames, len(batches.keys))
+    batches.choose([batches.keys[(2 * index + 1) * len(batches.keys) // (2 * count)] for index in range(count)])
+    return batches.batch(0, 0)
 
 
 def build_teacher(name: str, weights: Path | None, device: torch.device) -> Teacher:

@@ -61,7 +61,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool, device: str, thre
     machine = start(device, threads)
     targets = build_training_targets(config.targets, config.data, machine)
     batches = training_batches(config, targets)
-    task = build_picture(config, machine)
+    task = build_picture(config, machine, epoch_batches=batches.steps_per_epoch)
     run = RunFolder(out)
     run.claim(config)
     return fit(task, batches, config.training, run, resume=resume)

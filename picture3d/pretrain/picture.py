@@ -7,7 +7,7 @@ from the published code, and why: `docs/paper_to_code.md`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,17 @@ from torch import Tensor, nn
 from picture3d.errors import ConfigError
 from picture3d.models.cylinder_encoder import point_encoder
 from picture3d.models.dsvt import Dsvt, DsvtConfig, DsvtOutput
+from picture3d.models.layer_trace import LayerTrace, num_layers, trace_layers
 from picture3d.models.mae_decoder import LightDecoder, VoxelDecoder
 from picture3d.models.voxel_encoder import EncodedVoxels
 from picture3d.ops.scatter import gather_rows, select_unique_rows
 from picture3d.pretrain.ema import EmaConfig, SelfTeacher
+from picture3d.pretrain.gate import Gate, GateConfig
+from picture3d.pretrain.hierarchy import Hierarchy, HierarchyConfig, LayerReader, Neighbourhoods, neighbourhoods
 from picture3d.pretrain.losses import LossConfig, coordinates_loss, features_loss, target_points_m, voxel_centers_m
 from picture3d.pretrain.mask_lab import voxel_places
 from picture3d.pretrain.masking import MaskConfig, choose_hidden
+from picture3d.pretrain.predictors import Predictors
 from picture3d.pretrain.targets import VoxelTargets, voxel_targets
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.voxels import SparseVoxels, VoxelGrid
@@ -37,7 +41,7 @@ class PretrainStep:
     predicted_points_m: Tensor | None  # (V, P, 3) relative to the voxel centre; None where their loss has weight 0
     target_points_m: Tensor | None  # (V, T, 3) relative to the voxel centre
     predicted_features: Tensor | None  # (V, D); None where their loss has weight 0
-    losses: dict[str, Tensor]  # scalars: "total" and, not yet weighted, "coordinates" and "features"
+    losses: dict[str, Tensor]  # scalars: "total" and, not yet weighted, "coordinates" and "features" (of layers: "_0"...)
 
 
 def pretrain_step(
@@ -61,12 +65,12 @@ def pretrain_step(
     targets = voxel_targets(batch, embedded.assignment, mask, generator, own)  # what the teacher says of each voxel
     places, sample = voxel_places(coords, model.grid), coords[:, 0].long()
     hidden = choose_hidden(targets.features, targets.superclass, sample, batch.batch_size, mask, generator, places)
-    latent = model.encode(embedded.voxels.select(~hidden))  # the encoder never sees a hidden voxel
+    latent, layers = model.encode_traced(embedded.voxels.select(~hidden))  # the encoder never sees a hidden voxel
     tokens = model.decode(latent, coords, hidden)  # (V, C): hidden voxels, from visible tokens and mask tokens
 
     rows = hidden.nonzero().squeeze(1)
     losses: dict[str, Tensor] = {}
-    points = true_points = features = None
+    points = true_points = features = wanted = None
     if loss.coordinates_weight > 0:
         points = model.dense_head.points_m(tokens)
         true_points = target_points_m(batch.xyz, embedded.assignment, model.grid, rows, loss.num_target_points)
@@ -76,8 +80,61 @@ def pretrain_step(
         wanted = _wanted_features(targets, features)
         losses["features"] = features_loss(features, wanted[rows], targets.has_features[rows])
     weights = {"coordinates": loss.coordinates_weight, "features": loss.features_weight}
-    total = sum((weights[name] * value for name, value in losses.items()), start=tokens.new_zeros((), dtype=torch.float32))
+    if model.gate is not None:
+        weights["features"] *= float(model.gate.weight)
+    if model.hierarchy is None or layers is None:
+        terms = [weights[name] * value for name, value in losses.items()]
+    else:
+        alpha = model.hierarchy.alpha
+        terms = [weights[name] * share_of(name, alpha[-1]) * value for name, value in losses.items()]
+        chosen = model.hierarchy.chosen(len(rows), rows.device)
+        around = neighbourhoods(coords[~hidden], coords[rows[chosen]], model.hierarchy.grid_shape, model.hierarchy.sizes)
+        for layer in range(len(alpha) - 1):
+            of_layer = layer_losses(model.hierarchy, layers, layer, around, chosen, rows, true_points, wanted, targets)
+            terms += [weights[name] * share_of(name, alpha[layer]) * value for name, value in of_layer.items()]
+            losses |= {f"{name}_{layer}": value for name, value in of_layer.items()}
+    total = sum(terms, start=tokens.new_zeros((), dtype=torch.float32))
     return PretrainStep(coords, hidden, targets, points, true_points, features, {"total": total, **losses})
+
+
+def share_of(name: str, alpha: float) -> float:
+    """What a loss counts in a layer whose points count `alpha`."""
+    return alpha if name == "coordinates" else 1.0 - alpha
+
+
+def layer_losses(
+    hierarchy: Hierarchy,
+    layers: LayerTrace,
+    layer: int,
+    around: Neighbourhoods,
+    chosen: Tensor,
+    rows: Tensor,
+    true_points_m: Tensor | None,
+    wanted: Tensor | None,
+    targets: VoxelTargets,
+) -> dict[str, Tensor]:
+    """The reconstruction of one layer before the last: "coordinates" and "features", where they are wanted.
+
+    Args:
+        hierarchy: readers and predictors.
+        layers: what the encoder's layers said of the visible voxels.
+        layer: which of them.
+        around: visible voxels around the chosen hidden ones.
+        chosen: (W,) int64, which of the hidden voxels.
+        rows: (V,) int64, which of all voxels are hidden.
+        true_points_m: (V, T, 3) of the hidden voxels; None if points are not wanted.
+        wanted: (M, D) the teacher's features of all voxels; None if they are not wanted.
+        targets: which voxels have them.
+    """
+    tokens = cast(LayerReader, hierarchy.readers[layer])(layers.at_voxels(layer), around)
+    predictors = cast(Predictors, hierarchy.predictors[layer])
+    losses: dict[str, Tensor] = {}
+    if true_points_m is not None:
+        losses["coordinates"] = coordinates_loss(predictors.points_m(tokens), true_points_m[chosen])
+    if wanted is not None:
+        of = rows[chosen]
+        losses["features"] = features_loss(predictors.teacher_features(tokens), wanted[of], targets.has_features[of])
+    return losses
 
 
 class Picture(nn.Module):
@@ -96,6 +153,8 @@ class Picture(nn.Module):
         num_predicted_points: P, points predicted per hidden voxel.
         pillars: encode pillars instead of voxels.
         self_teacher: keep a slowly following copy of the encoder, whose features are the targets instead of the batch's.
+        hierarchy: GPICTURE: every layer of the encoder reconstructs.
+        gate: GPICTURE: features count when the shallow layers have settled.
 
     Raises:
         ConfigError: if grid, windows and strides do not fit each other.
@@ -113,6 +172,8 @@ class Picture(nn.Module):
         num_predicted_points: int = 16,
         pillars: bool = False,
         self_teacher: EmaConfig | None = None,
+        hierarchy: HierarchyConfig | None = None,
+        gate: GateConfig | None = None,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -134,6 +195,14 @@ class Picture(nn.Module):
         )
         self.dense_head = Predictors(backbone.channels, num_predicted_points, teacher_channels)
         self.self_teacher = None if self_teacher is None else SelfTeacher(self.vfe, self.backbone_3d, self_teacher)
+        layers, width = num_layers(backbone), backbone.channels
+        # Built last: the other weights are then drawn as without it.
+        self.hierarchy = (
+            Hierarchy(hierarchy, layers, width, shape, backbone.windows[0], num_predicted_points, teacher_channels)
+            if hierarchy is not None and hierarchy.enabled
+            else None
+        )
+        self.gate = Gate(gate, layers, width) if gate is not None and gate.enabled else None
 
     def embed(self, batch: PointBatch) -> EncodedVoxels:
         """Points to voxel features, hidden and visible ones alike."""
@@ -142,6 +211,14 @@ class Picture(nn.Module):
     def encode(self, visible: SparseVoxels) -> DsvtOutput:
         """The encoder on visible voxels; there may be none."""
         return self.backbone_3d(visible)
+
+    def encode_traced(self, visible: SparseVoxels) -> tuple[DsvtOutput, LayerTrace | None]:
+        """The same, with what every layer said if they all have to reconstruct."""
+        if self.hierarchy is None:
+            return self.encode(visible), None
+        with trace_layers(self.backbone_3d) as layers:
+            latent = self.encode(visible)
+        return latent, layers
 
     def decode(self, latent: DsvtOutput, coords: Tensor, hidden: Tensor) -> Tensor:
         """(V, C) features of the hidden voxels among those at (M, 4) `coords`, in their order."""
@@ -157,34 +234,6 @@ class Picture(nn.Module):
         latent = self.encode(voxels)
         pillar = gather_rows(latent.output.feats, latent.token_of_voxel)
         return voxels.with_feats(torch.cat([pillar, latent.stages[0].feats], dim=1))
-
-
-class Predictors(nn.Module):
-    """Two linear layers on the decoder's features, computed in float32: points must be right to the centimetre."""
-
-    def __init__(self, channels: int, num_points: int, teacher_channels: int | None) -> None:
-        super().__init__()
-        self.decoder_pred = nn.Linear(channels, 3 * num_points)
-        self.decoder_seal = None if teacher_channels is None else nn.Linear(channels, teacher_channels)
-
-    def points_m(self, tokens: Tensor) -> Tensor:
-        """(V, C) to (V, P, 3) points in metres, relative to the voxel's centre."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            return self.decoder_pred(tokens.float()).unflatten(1, (-1, 3))
-
-    def teacher_features(self, tokens: Tensor) -> Tensor:
-        """(V, C) to (V, D) teacher features.
-
-        Raises:
-            ConfigError: if the network was built without this predictor.
-        """
-        if self.decoder_seal is None:
-            raise ConfigError(
-                "loss.features_weight is above 0, but the network predicts no teacher features: set it to 0, or set "
-                "teacher_channels to the length of the teacher's features"
-            )
-        with torch.autocast(tokens.device.type, enabled=False):
-            return self.decoder_seal(tokens.float())
 
 
 def _wanted_features(targets: VoxelTargets, predicted: Tensor) -> Tensor:
@@ -208,10 +257,21 @@ class PretrainTask:
         module: the network.
         mask: what to hide.
         loss: what to reconstruct.
+        gate_sample: sweeps by which the gate judges the encoder, on the network's device; needed if it has a gate.
+        epoch_batches: batches of an epoch, for the gate.
     """
 
-    def __init__(self, module: Picture, mask: MaskConfig, loss: LossConfig) -> None:
+    def __init__(
+        self,
+        module: Picture,
+        mask: MaskConfig,
+        loss: LossConfig,
+        *,
+        gate_sample: PointBatch | None = None,
+        epoch_batches: int | None = None,
+    ) -> None:
         self._module, self.mask, self.loss_config = module, mask, loss
+        self.gate_sample, self.epoch_batches = gate_sample, epoch_batches
 
     @property
     def module(self) -> Picture:
@@ -223,7 +283,8 @@ class PretrainTask:
 
         "coordinates" (square metres) and "features" are not weighted and are there if their weight is above 0;
         "hidden_share" is the share of all voxels that was really hidden; "hidden_voxels" and "voxels_without_target" are counts
-        over the batch. With a self-teacher, which follows the encoder here, also what its `watch` measures.
+        over the batch. With a self-teacher, which follows the encoder here, also what its `watch` measures; with a gate, the
+        CKA of its last look and the weight it gives the features ("gate_agreement", "gate_beta").
 
         Raises:
             TrainingError: if the self-teacher has collapsed.
@@ -231,6 +292,7 @@ class PretrainTask:
         teacher = self.module.self_teacher
         if teacher is not None and self.module.training:
             teacher.follow(self.module.vfe, self.module.backbone_3d)
+        gated = self._gated() if self.module.training else {}
         step = pretrain_step(self.module, batch, self.mask, self.loss_config, generator)
         hidden = step.hidden.sum().float()
         watched: dict[str, Tensor] = {}
@@ -242,7 +304,28 @@ class PretrainTask:
             "hidden_voxels": hidden,
             "voxels_without_target": (~step.targets.has_features).sum().float(),
             **watched,
+            **gated,
         }
+
+    def _gated(self) -> dict[str, Tensor]:
+        """Counts a batch and, where an epoch has ended, looks at the sample; what is to be logged of the gate."""
+        gate, network = self.module.gate, self.module
+        if gate is None:
+            return {}
+        interval = gate.config.interval or self.epoch_batches
+        if self.gate_sample is None or interval is None:
+            raise ConfigError("the network has a gate: give its task gate_sample, and epoch_batches or gate.interval")
+        if gate.count(interval):
+            network.eval()
+            try:
+                # Whole sweeps and full precision: what is compared is the encoder, not its rounding.
+                with torch.no_grad(), torch.autocast(gate.before.device.type, enabled=False):
+                    with trace_layers(network.backbone_3d) as layers:
+                        network.encode(network.embed(self.gate_sample).voxels)
+                    gate.look([layers.at_voxels(layer) for layer in range(gate.layers)])
+            finally:
+                network.train()
+        return {"gate_agreement": gate.agreement.float(), "gate_beta": gate.weight.float()}
 
     def reconstruct(self, batch: PointBatch, generator: torch.Generator) -> Reconstruction:
         """Hides and reconstructs a batch for looking at: no gradients, running statistics in the norms."""

@@ -23,9 +23,12 @@ PRETRAINING: dict[str, Callable[[Path], PretrainConfig]] = {
     "town-coordinates": pretraining.town_coordinates,
     "town-handcrafted": pretraining.town_handcrafted,
     "town-ema": pretraining.town_ema,
+    "town-gpicture": pretraining.town_gpicture,
     "waymo-picture": pretraining.waymo_picture,
+    "waymo-gpicture": pretraining.waymo_gpicture,
     "waymo-picture-20": pretraining.waymo_picture_20,
     "nuscenes-picture": pretraining.nuscenes_picture,
+    "nuscenes-gpicture": pretraining.nuscenes_gpicture,
     "nuscenes-pillar-picture": pretraining.nuscenes_pillar_picture,
     "nuscenes-cylinder-picture": pretraining.nuscenes_cylinder_picture,
 }

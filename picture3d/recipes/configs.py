@@ -10,7 +10,10 @@ from pydantic import Field, model_validator
 from picture3d.config import FrozenConfig
 from picture3d.datasets.samples import DataConfig
 from picture3d.models.dsvt_config import DsvtConfig
+from picture3d.models.layer_trace import num_layers
 from picture3d.pretrain.ema import EmaConfig
+from picture3d.pretrain.gate import GateConfig
+from picture3d.pretrain.hierarchy import HierarchyConfig
 from picture3d.pretrain.losses import LossConfig
 from picture3d.pretrain.masking import MaskConfig
 from picture3d.structures.cylinder import CylinderGrid
@@ -91,6 +94,8 @@ class PretrainConfig(FrozenConfig):
     targets: TargetsConfig = TargetsConfig()
     mask: MaskConfig = MaskConfig()
     loss: LossConfig = LossConfig()
+    hierarchy: HierarchyConfig = HierarchyConfig()
+    gate: GateConfig = GateConfig()
     training: TrainingConfig
     workers: int = Field(default=0, ge=0, description="processes that load ahead; 0 loads in the training process")
 
@@ -104,6 +109,13 @@ class PretrainConfig(FrozenConfig):
             raise ValueError("targets.mode=ema has no stored superclasses; set mask.superclasses=kmeans")
         if self.loss.features_weight == 0 and self.loss.coordinates_weight == 0:
             raise ValueError("both loss weights are 0: there is nothing to learn")
+        if self.gate.enabled and (self.loss.features_weight == 0 or self.loss.coordinates_weight == 0):
+            raise ValueError("gate.enabled holds the features back until points are learnt: both loss weights must be above 0")
+        if self.hierarchy.enabled and self.hierarchy.alpha and len(self.hierarchy.alpha) != num_layers(self.encoder):
+            raise ValueError(
+                f"hierarchy.alpha has {len(self.hierarchy.alpha)} values, the encoder {num_layers(self.encoder)} layers "
+                "(two per block): give one for each, or none for the published ones"
+            )
         self.encoder.stage_shapes(self.grid.grid.shape)
         return self
 

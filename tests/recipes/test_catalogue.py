@@ -106,7 +106,7 @@ def test_a_shrunk_pretraining_recipe_trains(name, prepared, tmp_path):
     config = tiny(pretraining_recipe(name, prepared))
     config = config.model_copy(update={"data": config.data.model_copy(update={"every": 1})})
     batches = training_batches(config, OctantTeacher(config.targets.channels))
-    task = build_picture(config, torch.device("cpu"))
+    task = build_picture(config, torch.device("cpu"), epoch_batches=batches.steps_per_epoch)
     before = [p.detach().clone() for p in task.module.parameters()]
     run = RunFolder(tmp_path / "run")
     run.claim(config)
