@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "teachers": {"structures", "formats", "ops", "models"},
     "pretrain": {"structures", "ops", "models"},
     "tasks": {"structures", "ops", "models", "training", "evaluation"},
-    "training": {"structures"},
+    "training": {"structures", "ops"},
     "evaluation": {"structures", "formats", "ops"},
     "view": {"structures", "evaluation"},
     "recipes": {"structures", "datasets", "models", "teachers", "pretrain", "tasks", "training"},
@@ -37,6 +37,8 @@ ALLOWED: dict[str, set[str]] = {
 # Geometry is nobody's property: the object sampler and the metrics may use these two and no other operators.
 SHARED_GEOMETRY = {"picture3d.ops.box_iou", "picture3d.ops.scatter"}
 # Training loads weights by name into any module, so its checkpoint files may be used where encoders are handed over.
+# The loop says which processes compute a step; counts, draws and norms below ask that one module.
+TRAINING_FROM_OPS = {"picture3d.ops.processes"}
 TASKS_FROM_TRAINING = {"picture3d.training.checkpoint", "picture3d.training.weights_import"}
 
 # Batches are tensors, and the geometry of `ops.box_iou` takes tensors.
@@ -74,6 +76,8 @@ def test_imports_go_one_way(path: Path):
         assert target in ALLOWED[room], f"{room} may not import {module}"
         if target == "ops" and room in {"datasets", "evaluation"}:
             assert module in SHARED_GEOMETRY, f"{room} may use shared geometry only, not {module}"
+        if target == "ops" and room == "training":
+            assert module in TRAINING_FROM_OPS, f"training may use what processes share only, not {module}"
         if target == "training" and room == "tasks":
             assert module in TASKS_FROM_TRAINING, f"tasks may use training's checkpoints only, not {module}"
 

@@ -27,6 +27,7 @@ from picture3d.tasks.encoder import JoinedEncoder, load_encoder
 from picture3d.tasks.segmentation import SegmentationNet, SegmentationTask
 from picture3d.teachers.minkunet import fingerprint
 from picture3d.teachers.protocol import Teacher
+from picture3d.training.distributed import Place
 from picture3d.training.weights_import import load_any_weights
 
 
@@ -84,14 +85,19 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
             return build_detection(config, device).module
 
 
-def training_batches(config: RunConfig, targets: FeatureSource | Sequence[FeatureSource | None] | None) -> FrameBatches:
-    """Shuffled, augmented batches as the config wants them."""
+def training_batches(
+    config: RunConfig, targets: FeatureSource | Sequence[FeatureSource | None] | None, place: Place | None = None
+) -> FrameBatches:
+    """Shuffled, augmented batches as the config wants them; of several processes each gets its part."""
+    place = place or Place()
     batches = FrameBatches(
         config.data,
         batch_size=config.training.batch_size,
         seed=config.training.seed,
         workers=config.workers,
         targets=targets,
+        rank=place.rank,
+        world=place.world,
     )
     batches.total_epochs = config.training.planned_epochs(batches.steps_per_epoch)
     return batches

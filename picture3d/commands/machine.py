@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from picture3d.errors import ConfigError
+from picture3d.training.distributed import Place
 from picture3d.training.threads import set_threads
 
 
@@ -25,7 +26,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def start(device: str, threads: int) -> torch.device:
-    """Sets the CPU threads and returns the device."""
+def start(device: str, threads: int, place: Place | None = None) -> torch.device:
+    """Sets the CPU threads and returns the device; each process of a machine has a GPU of its own unless one is named.
+
+    Raises:
+        ConfigError: if there is no such device, or fewer GPUs than processes.
+    """
     set_threads(threads)
-    return choose_device(device)
+    chosen = choose_device(device)
+    if place is None or place.world == 1 or chosen.type != "cuda" or chosen.index is not None:
+        return chosen
+    if place.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {place.local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: start "
+            "fewer (torchrun --nproc-per-node), or use --device cpu"
+        )
+    return torch.device("cuda", place.local_rank)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from picture3d.commands.build import (
     build_detection,
@@ -28,6 +31,7 @@ from picture3d.recipes.catalogue import (
 )
 from picture3d.recipes.configs import DetectionConfig, PretrainConfig, SegmentationConfig
 from picture3d.tasks.encoder import load_encoder
+from picture3d.training.distributed import Team, joined_team, launched_place
 from picture3d.training.loop import FitResult, fit
 from picture3d.training.runlog import RunFolder, duration
 
@@ -53,18 +57,35 @@ def pretrain(
 
 def run_pretraining(config: PretrainConfig, out: Path, resume: bool, device: str, threads: int) -> FitResult:
     """Pre-trains by a resolved config."""
-    with sole_writer(out):
-        return _pretrain(config, out, resume, device, threads)
+    place = launched_place()
+    machine = start(device, threads, place)
+    with joined_team(machine, place=place) as team, _writing(out, team):
+        return _pretrain(config, out, resume, machine, team)
 
 
-def _pretrain(config: PretrainConfig, out: Path, resume: bool, device: str, threads: int) -> FitResult:
-    machine = start(device, threads)
+def _writing(out: Path, team: Team) -> contextlib.AbstractContextManager[None]:
+    """The first process of a job writes for all."""
+    return sole_writer(out) if team.writes else contextlib.nullcontext()
+
+
+def _pretrain(config: PretrainConfig, out: Path, resume: bool, machine: torch.device, team: Team) -> FitResult:
     targets = build_training_targets(config.targets, config.data, machine)
-    batches = training_batches(config, targets)
+    batches = training_batches(config, targets, team.place)
     task = build_picture(config, machine, epoch_batches=batches.steps_per_epoch)
+    return fit(task, batches, config.training, _claimed(out, config, team), resume=resume, team=team)
+
+
+def _claimed(out: Path, config: PretrainConfig | SegmentationConfig | DetectionConfig, team: Team) -> RunFolder:
     run = RunFolder(out)
-    run.claim(config)
-    return fit(task, batches, config.training, run, resume=resume)
+    run.writes = team.writes
+
+    def claim() -> str:
+        run.claim(config)
+        return ""
+
+    team.first_does("claiming the run folder", claim)
+    run.claimed = True
+    return run
 
 
 def finetune(
@@ -95,22 +116,24 @@ def run_finetuning(
     config: SegmentationConfig | DetectionConfig, out: Path, resume: bool, device: str, threads: int
 ) -> FitResult:
     """Fine-tunes by a resolved config."""
-    with sole_writer(out):
-        return _finetune(config, out, resume, device, threads)
+    place = launched_place()
+    machine = start(device, threads, place)
+    with joined_team(machine, place=place) as team, _writing(out, team):
+        return _finetune(config, out, resume, machine, team)
 
 
-def _finetune(config: SegmentationConfig | DetectionConfig, out: Path, resume: bool, device: str, threads: int) -> FitResult:
-    machine = start(device, threads)
-    batches = training_batches(config, None)
+def _finetune(
+    config: SegmentationConfig | DetectionConfig, out: Path, resume: bool, machine: torch.device, team: Team
+) -> FitResult:
+    batches = training_batches(config, None, team.place)
     task = build_segmentation(config, machine) if isinstance(config, SegmentationConfig) else build_detection(config, machine)
     report = None
     if config.pretrained is not None:
         inputs = config.data.model_dump(mode="json", include={"features", "intensity_scale"})
         report = load_encoder(task.module, config.pretrained, allow_partial=config.allow_partial, inputs=inputs)
-    run = RunFolder(out)
-    run.claim(config)
+    run = _claimed(out, config, team)
     run.log(f"encoder from {config.pretrained}: {report.summary()}" if report else "encoder from scratch")
-    return fit(task, batches, config.training, run, resume=resume)
+    return fit(task, batches, config.training, run, resume=resume, team=team)
 
 
 def tensorboard(run: Path, out: Path | None) -> str:

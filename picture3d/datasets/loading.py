@@ -50,16 +50,21 @@ class FrameBatches:
         workers: int = 0,
         targets: FeatureSource | Sequence[FeatureSource | None] | None = None,
         train: bool = True,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         """Opens the dataset, or all of them, and selects its frames.
 
         Args:
             config: which frames, and how they become input.
-            batch_size: frames per batch.
+            batch_size: frames per batch of one process; `world` processes take one batch of `batch_size` x `world` together.
             seed: of the order and the augmentation.
             workers: processes that load ahead; 0 loads in the caller. The cache of `config` lives in each of them.
             targets: where teacher targets are found, if they are wanted; one source for all datasets or one for each of them.
             train: False gives every frame once, in order, un-augmented, the last incomplete batch included. Of one dataset.
+            rank: which process this is, 0..world - 1. It gets its part of every batch: neighbouring frames, one more or less
+                than the others of an incomplete last batch, perhaps none.
+            world: processes that take part.
 
         Raises:
             DataError: if the dataset or the database of objects cannot be read, or no frame is selected.
@@ -67,6 +72,7 @@ class FrameBatches:
         """
         self.config = config
         self.batch_size = batch_size
+        self.rank, self.world = rank, world
         self.seed = seed
         self.workers = workers
         self.train = train
@@ -76,10 +82,11 @@ class FrameBatches:
         self._classes = DetectionClasses(config.box_classes)
         self._cache: dict[tuple[int, FrameKey], Sample] = {}
         self._cached_bytes = 0
-        if self._drops_last and self.frames_per_epoch < batch_size:
+        if self._drops_last and self.frames_per_epoch < batch_size * world:
+            each = "" if world == 1 else f" for each of {world} processes"
             raise ConfigError(
-                f"{config.root}: {self.frames_per_epoch} frames are selected, fewer than batch_size {batch_size}. "
-                f"Set batch_size to at most {self.frames_per_epoch}, or drop_last=false."
+                f"{config.root}: {self.frames_per_epoch} frames are selected, fewer than batch_size {batch_size}{each}. "
+                f"Set batch_size to at most {self.frames_per_epoch // world}, or drop_last=false."
             )
 
     def _take(self, sources: tuple[Source, ...]) -> None:
@@ -107,7 +114,7 @@ class FrameBatches:
     @property
     def steps_per_epoch(self) -> int:
         """Batches of one epoch."""
-        full, rest = divmod(self.frames_per_epoch, self.batch_size)
+        full, rest = divmod(self.frames_per_epoch, self.batch_size * self.world)
         return full + (1 if rest and not self._drops_last else 0)
 
     @property
@@ -136,14 +143,17 @@ class FrameBatches:
             yield found
 
     def batch(self, epoch: int, step: int) -> PointBatch:
-        """One batch.
+        """This process's part of one batch; of no frame, but with all columns, if there are fewer frames than processes.
 
         Raises:
             DataError: if a frame cannot be read, or lacks what the config asks for.
         """
         order = self.order(epoch)
-        positions = range(step * self.batch_size, min((step + 1) * self.batch_size, len(order)))
-        return collate([self._sample(int(order[position]), epoch, position) for position in positions])
+        whole = self.batch_size * self.world
+        first, count = step * whole, min(whole, len(order) - step * whole)
+        begin, end = (first + count * part // self.world for part in (self.rank, self.rank + 1))
+        samples = [self._sample(int(order[position]), epoch, position) for position in range(begin, max(end, begin + 1))]
+        return collate(samples) if end > begin else collate(samples).without_frames()
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """(frames_per_epoch,) int64: which of `keys` stands at each position of an epoch."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from picture3d.config import FrozenConfig
+from picture3d.models.row_norm import MapBatchNorm
 from picture3d.structures.voxels import SparseVoxels
 
 
@@ -182,7 +183,10 @@ def _convolve(conv: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor, bias: Tensor
     factor = conv.stride[0]
     matrix = weight.permute(1, 2, 3, 0).reshape(-1, weight.shape[0], 1, 1)
     spread = None if bias is None else bias.repeat_interleave(factor * factor)
-    return F.pixel_shuffle(F.conv2d(x, matrix, spread), factor)
+    blocks = F.conv2d(x, matrix, spread)
+    if not len(blocks):  # the backward pass of pixel_shuffle refuses maps of no frame
+        return blocks.view(0, blocks.shape[1] // factor**2, x.shape[2] * factor, x.shape[3] * factor)
+    return F.pixel_shuffle(blocks, factor)
 
 
 def _to_common(in_channels: int, channels: int, stride: float) -> nn.Sequential:
@@ -195,5 +199,5 @@ def _to_common(in_channels: int, channels: int, stride: float) -> nn.Sequential:
     return _ToCommon(resample, _norm(channels), nn.ReLU())
 
 
-def _norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)  # as published
+def _norm(channels: int) -> MapBatchNorm:
+    return MapBatchNorm(channels, eps=1e-3, momentum=0.01)  # as published

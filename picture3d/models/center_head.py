@@ -18,8 +18,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from picture3d.config import FrozenConfig
+from picture3d.models.row_norm import MapBatchNorm
 from picture3d.ops.box_iou import PUBLISHED_TOLERANCE_3D, PUBLISHED_TOLERANCE_BEV, diou_axis_aligned, iou_3d_paired, rotated_nms
 from picture3d.ops.gaussian import draw_gaussians, gaussian_radius
+from picture3d.ops.processes import mean_count
 from picture3d.structures.detections import DetectedBoxes
 
 _BRANCHES = {"center": 2, "center_z": 1, "dim": 3, "rot": 2, "iou": 1}  # name -> channels; "hm" has one per class
@@ -167,7 +169,7 @@ class CenterHead(nn.Module):
         code = torch.cat([maps.center, maps.center_z, maps.dim, maps.rot], 1).float()
         found = _at(code, targets)
         predicted = self._boxes(found, targets.cell, width)
-        count = max(len(targets.box), 1)
+        count = mean_count(len(targets.box), code)
         with torch.no_grad():
             true_iou = iou_3d_paired(predicted, targets.box, corner_tolerance=PUBLISHED_TOLERANCE_3D)
         losses = {
@@ -238,7 +240,7 @@ def focal_heatmap_loss(logits: Tensor, target: Tensor) -> Tensor:
     peak = target == 1
     positive = (share.log() * (1 - share).square())[peak].sum()
     negative = ((1 - share).log() * share.square() * (1 - target) ** 4)[~peak].sum()
-    return -(positive + negative) / peak.sum().clamp(min=1)
+    return -(positive + negative) / mean_count(peak.sum(), logits)
 
 
 def _with_neighbours(row: Tensor, column: Tensor, rings: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,5 +268,5 @@ def _branch(channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(hidden, last)
 
 
-def _norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)  # as published
+def _norm(channels: int) -> MapBatchNorm:
+    return MapBatchNorm(channels, eps=1e-3, momentum=0.01)  # as published

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from picture3d.models.row_norm import SequenceBatchNorm, shared_batch_norm
 from picture3d.ops.local_attention import local_attention
+from picture3d.ops.processes import group_of_step
 
 
 class PositionEmbedding(nn.Module):
@@ -24,7 +26,7 @@ class PositionEmbedding(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.position_embedding_head = nn.Sequential(
-            nn.Conv1d(2, channels, 1), nn.BatchNorm1d(channels), nn.ReLU(), nn.Conv1d(channels, channels, 1)
+            nn.Conv1d(2, channels, 1), SequenceBatchNorm(channels), nn.ReLU(), nn.Conv1d(channels, channels, 1)
         )
 
     def forward(self, positions: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -46,7 +48,11 @@ class PositionEmbedding(nn.Module):
             hidden = F.linear(positions, weight * scale[:, None], (bias - norm.running_mean) * scale + norm.bias)
         else:
             hidden = F.linear(positions, weight, bias)
-            hidden = norm(hidden) if counts is None else _counted_norm(norm, hidden, counts)
+            group = group_of_step() if norm.training else None
+            if group is not None:
+                hidden = shared_batch_norm(norm, hidden, group, counts)
+            else:
+                hidden = norm(hidden) if counts is None else _counted_norm(norm, hidden, counts)
         return F.linear(F.relu(hidden, inplace=True), last.weight[:, :, 0], last.bias)
 
 

@@ -20,9 +20,11 @@ from torch.nn import functional as F
 
 from picture3d.config import FrozenConfig
 from picture3d.models.center_head import focal_heatmap_loss
+from picture3d.models.row_norm import MapBatchNorm, SequenceBatchNorm
 from picture3d.models.transfusion_decoder import LocalDecoder, positions_of
 from picture3d.models.transfusion_targets import MapFrame, MatchingCosts, TransFusionTargets, assign, decode_boxes
 from picture3d.ops.box_iou import PUBLISHED_TOLERANCE_3D, PUBLISHED_TOLERANCE_BEV, iou_3d_paired, rotated_nms
+from picture3d.ops.processes import mean_count
 from picture3d.structures.detections import DetectedBoxes
 
 _BRANCHES = {"center": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2, "iou": 1}  # name -> channels; "heatmap": one per class
@@ -163,7 +165,7 @@ class TransFusionHead(nn.Module):
         """The rest: from the dense part to raw outputs."""
         heat = self._peaks(dense.detach().float().sigmoid()).flatten(2)  # (B, classes, X Y)
         places = heat.shape[2]
-        best = heat.flatten(1).topk(min(self.config.proposals, heat[0].numel()), dim=1).indices
+        best = heat.flatten(1).topk(min(self.config.proposals, heat.shape[1] * places), dim=1).indices
         label, place = torch.div(best, places, rounding_mode="floor"), best % places
         sample = torch.arange(len(place), device=place.device)[:, None]
         size_y = cells.shape[3]
@@ -205,7 +207,7 @@ class TransFusionHead(nn.Module):
         config = self.config
         targets = self.targets(output, boxes, classes, sample)
         matched = targets.matched
-        count = matched.sum().clamp(min=1)
+        count = mean_count(matched.sum(), output.center)
         code = output.code
         weight = code.new_tensor([1.0] * 8 + [config.velocity_weight] * 2)
         named = F.one_hot(targets.labels, len(config.classes) + 1)[..., :-1].to(code.dtype)
@@ -257,7 +259,7 @@ class TransFusionHead(nn.Module):
         overlap = iou_3d_paired(pair[0], pair[1], corner_tolerance=PUBLISHED_TOLERANCE_3D).clamp(0, 1)
         met = overlap > 0
         error = (output.iou[:, 0].float()[targets.matched] - (2 * overlap - 1)).abs()
-        return (error * met).sum() / met.sum().clamp(min=1)
+        return (error * met).sum() / mean_count(met.sum(), error)
 
     def _suppressed(self, boxes: Tensor, score: Tensor, label: Tensor, rows: Tensor) -> Tensor:
         """The ones of `rows` that stay, ascending."""
@@ -291,7 +293,7 @@ class _ConvBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn = nn.BatchNorm2d(channels)
+        self.bn = MapBatchNorm(channels)
 
 
 def _turned_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -300,7 +302,7 @@ def _turned_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _branch(channels: int, hidden: int, out_channels: int) -> nn.Sequential:
-    first = nn.Sequential(nn.Conv1d(channels, hidden, 1), nn.BatchNorm1d(hidden), nn.ReLU())
+    first = nn.Sequential(nn.Conv1d(channels, hidden, 1), SequenceBatchNorm(hidden), nn.ReLU())
     return nn.Sequential(first, nn.Conv1d(hidden, out_channels, 1))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from picture3d.config import FrozenConfig
 from picture3d.ops.chamfer import chamfer
 from picture3d.ops.cylinder import cylinder_centers_m
+from picture3d.ops.processes import mean_count
 from picture3d.ops.scatter import segment_count
 from picture3d.ops.voxelize import VoxelAssignment
 from picture3d.structures.cylinder import CylinderGrid
@@ -64,7 +65,7 @@ def coordinates_loss(predicted_m: Tensor, target_m: Tensor) -> Tensor:
         predicted_m: (V, P, 3) predicted points relative to the voxel centre.
         target_m: (V, T, 3) true points relative to the voxel centre.
     """
-    return chamfer(predicted_m, target_m).sum() / max(1, len(predicted_m))
+    return chamfer(predicted_m, target_m).sum() / mean_count(len(predicted_m), predicted_m)
 
 
 def features_loss(predicted: Tensor, target: Tensor, has_target: Tensor) -> Tensor:
@@ -78,4 +79,4 @@ def features_loss(predicted: Tensor, target: Tensor, has_target: Tensor) -> Tens
     # The targets themselves are replaced: a NaN behind a plain selection would come back through the gradient.
     target = torch.where(has_target[:, None], target.float(), 0.0)
     per_voxel = F.smooth_l1_loss(predicted.float(), target, reduction="none", beta=1.0).mean(1)
-    return torch.where(has_target, per_voxel, 0.0).sum() / has_target.sum().clamp(min=1)
+    return torch.where(has_target, per_voxel, 0.0).sum() / mean_count(has_target.sum(), per_voxel)

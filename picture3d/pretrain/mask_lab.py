@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from picture3d.ops.cylinder import polar_centers
+from picture3d.ops.processes import rand_rows
 from picture3d.structures.cylinder import CylinderGrid
 from picture3d.structures.voxels import VoxelGrid
 
@@ -81,7 +82,7 @@ def radial_order(places: VoxelPlaces, batch_size: int, sectors: int, generator: 
         generator: on any device; the same state gives the same order.
     """
     device = places.coords.device
-    start = torch.rand(batch_size, generator=generator, device=generator.device).to(device)
+    start = rand_rows(batch_size, generator).to(device)
     turn = _random_ranks(batch_size, sectors, generator).to(device)
     sample = places.coords[:, 0].long()
     position = ((places.azimuth_rad.double() / (2 * math.pi) + start[sample].double()) % 1.0) * sectors
@@ -91,4 +92,4 @@ def radial_order(places: VoxelPlaces, batch_size: int, sectors: int, generator: 
 
 def _random_ranks(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """(rows, columns) int64, each row a permutation."""
-    return torch.rand(rows, columns, generator=generator, device=generator.device).argsort(1)
+    return rand_rows(rows, generator, (columns,)).argsort(1)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from picture3d.config import FrozenConfig
 from picture3d.errors import ConfigError
+from picture3d.ops.processes import rand_rows
 from picture3d.ops.scatter import segment_count, segment_mean, segment_sum
 from picture3d.pretrain.mask_lab import VoxelPlaces, block_order, radial_order, range_ring
 
@@ -184,7 +185,7 @@ def class_statistics(
     members = sums[:, 1] if config.intra_class == "literal" else size.to(distance.dtype)
     dispersion = sums[:, 0] / members.clamp(min=1)
     shape = (batch_size, config.num_clusters)
-    return ClassStatistics(centres.view(*shape, -1), size.view(shape), dispersion.view(shape))
+    return ClassStatistics(centres.view(*shape, features.shape[1]), size.view(shape), dispersion.view(shape))
 
 
 def class_ratios(statistics: ClassStatistics, config: MaskConfig) -> Tensor:
@@ -257,7 +258,7 @@ def draw(counts: Tensor, superclass: Tensor, sample: Tensor, generator: torch.Ge
     """
     none = counts.numel()
     cell = torch.where(superclass >= 0, sample * counts.shape[1] + superclass, none)
-    shuffled = torch.rand(len(cell), generator=generator, device=generator.device).to(superclass.device)
+    shuffled = rand_rows(len(cell), generator).to(superclass.device)
     return hide_first(shuffled, cell, counts.flatten())
 
 

@@ -42,6 +42,11 @@ class PointBatch:
         dense[tuple(self.occupancy_cell.long().unbind(1))] = self.occupancy_class
         return dense
 
+    def without_frames(self) -> PointBatch:
+        """A batch of no frame with the same columns: what a process holds that has no part of the last batch of an epoch."""
+        rows = {f.name: getattr(self, f.name)[:0] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, batch_size=0, frame_names=(), **rows)
+
     def to(self, device: torch.device | str) -> PointBatch:
         """The same batch on another device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}

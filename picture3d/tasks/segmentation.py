@@ -26,6 +26,7 @@ from picture3d.evaluation.segmentation import ConfusionMatrix, SegmentationScore
 from picture3d.models.dsvt import DsvtConfig
 from picture3d.models.row_norm import RowBatchNorm
 from picture3d.ops.lovasz import lovasz_softmax
+from picture3d.ops.processes import mean_count
 from picture3d.ops.scatter import gather_rows, segment_mean
 from picture3d.ops.voxelize import VoxelAssignment
 from picture3d.structures.batch import PointBatch
@@ -223,7 +224,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, class_weights: tuple[float, ..
     summed = F.cross_entropy(logits, labels, weight=weight, ignore_index=IGNORED, reduction="sum")
     counted = (labels != IGNORED).to(logits.dtype)
     mass = counted.sum() if weight is None else (counted * weight[labels]).sum()
-    return summed / torch.where(mass > 0, mass, 1.0)
+    return summed / mean_count(mass, logits)
 
 
 def labels_of(batch: PointBatch, num_classes: int) -> Tensor:

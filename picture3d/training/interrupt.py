@@ -34,6 +34,11 @@ class StopSignals:
             signal.signal(number, handler)
         self._before.clear()
 
+    @property
+    def asked(self) -> bool:
+        """Whether a signal is held back."""
+        return self._asked
+
     def check(self) -> None:
         """Raises the KeyboardInterrupt that was held back, if there is one."""
         if self._asked:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from picture3d.config import FrozenConfig
 from picture3d.errors import TrainingError
+from picture3d.ops.processes import computing_together, with_added_terms
 from picture3d.structures.batch import PointBatch
 from picture3d.training.checkpoint import (
     checkpoint_path,
@@ -31,6 +32,7 @@ from picture3d.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from picture3d.training.distributed import Team
 from picture3d.training.interrupt import StopSignals
 from picture3d.training.optim import OptimConfig, build_optimizer, set_schedule
 from picture3d.training.runlog import Progress, RunFolder, duration
@@ -71,7 +73,7 @@ class TrainingConfig(FrozenConfig):
 
     epochs: int | None = Field(default=1, ge=1, description="passes over the data; null: only max_steps counts")
     max_steps: int | None = Field(default=None, ge=1, description="stop after so many optimiser steps; the schedule ends there")
-    batch_size: int = Field(default=2, ge=1, description="frames per batch")
+    batch_size: int = Field(default=2, ge=1, description="frames per batch, in each process")
     accumulate: int = Field(default=1, ge=1, description="batches whose gradients are averaged into one optimiser step")
     precision: Literal["float32", "bf16"] = Field(
         default="float32", description="bf16: autocast; float32 where the GPU has none"
@@ -117,6 +119,7 @@ def fit(
     *,
     resume: bool = False,
     progress: ProgressCallback | None = None,
+    team: Team | None = None,
 ) -> FitResult:
     """Trains `task` to the end of the schedule, leaving config, metrics, checkpoints and final weights in `run`.
 
@@ -130,6 +133,8 @@ def fit(
         run: where everything is kept.
         resume: go on from the newest whole checkpoint; without one, start at the beginning.
         progress: called with (steps done, steps in all, note); by default a bar or plain lines on standard error.
+        team: the processes that train together, each with its part of every batch; None: this one alone. The first one alone
+            writes, and the others read the run folder: it has to lie where all can see it.
 
     Raises:
         ConfigError: if the folder belongs to another config.
@@ -138,20 +143,22 @@ def fit(
         KeyboardInterrupt: after a signal, when the checkpoint is written.
     """
     set_threads(config.threads)
+    team = team or Team()
+    run.writes = team.writes
     if not run.claimed:
-        run.claim(config)
+        team.first_does("claiming the run folder", lambda: _claim(run, config))
     total_steps, groups_per_epoch = _schedule(batches, config)
     module = task.module
-    if run.finished:
+    if team.first_does("looking for a finished run", lambda: "finished" if run.finished else ""):
         load_into(module, load_weights(run.model_path).tensors)
         summary = run.summary()
         run.log("already finished; nothing to do")
         return FitResult(int(summary["steps"]), float(summary["seconds"]), dict(summary["losses"]), already_finished=True)
-    trainer = _Trainer(task, batches, config, run, total_steps, groups_per_epoch)
+    trainer = _Trainer(task, batches, config, run, total_steps, groups_per_epoch, team)
     trainer.start(resume)
     with contextlib.ExitStack() as stack:
         if progress is None:
-            progress = stack.enter_context(Progress("training", unit="steps"))
+            progress = stack.enter_context(Progress("training", unit="steps")) if team.writes else lambda *_: None
         return trainer.run_to_end(progress)
 
 
@@ -159,7 +166,14 @@ class _Trainer:
     """One run in progress."""
 
     def __init__(
-        self, task: Task, batches: BatchSource, config: TrainingConfig, run: RunFolder, total_steps: int, groups_per_epoch: int
+        self,
+        task: Task,
+        batches: BatchSource,
+        config: TrainingConfig,
+        run: RunFolder,
+        total_steps: int,
+        groups_per_epoch: int,
+        team: Team,
     ) -> None:
         self.task, self.batches, self.config, self.run = task, batches, config, run
         self.total_steps, self.groups_per_epoch = total_steps, groups_per_epoch
@@ -170,6 +184,8 @@ class _Trainer:
         if not self.parameters:
             raise TrainingError("the module has no trainable parameter")
         self.device = next(iter(self.parameters.values())).device
+        self.team = team
+        self.loss = team.wrap(_Loss(task, self.module, team))
         self.optimizer = build_optimizer(self.module, config.optim)
         self.autocast = config.precision == "bf16" and (self.device.type != "cuda" or torch.cuda.is_bf16_supported())
         self.state = RunState()
@@ -178,19 +194,25 @@ class _Trainer:
 
     def start(self, resume: bool) -> None:
         """Begins at step 0, or where the newest whole checkpoint was taken."""
-        found = latest_checkpoint(self.run.checkpoints, log=self.run.log)
-        if not resume and (found is not None or next(self.run.metrics(), None) is not None):
-            raise TrainingError(
-                f"{self.run.path}: this folder holds an unfinished run. Go on with it (--resume), or choose another folder."
-            )
-        if found is not None:
-            self._restore(found)
+        found = self.team.first_does("looking for a checkpoint", lambda: self._newest(resume))
+        if found:
+            self._restore(self.run.checkpoints / found)
         self.run.cut_metrics(self.state.step)
         self.run.write_environment(str(self.device))
         precision = "bf16 autocast" if self.autocast else "float32"
         if self.config.precision == "bf16" and not self.autocast:
             precision += " (this GPU has no bf16)"
-        self.run.log(f"training from step {self.state.step} to {self.total_steps} on {self.device} in {precision}")
+        together = "" if self.team.alone else f" in {self.team.place.world} processes"
+        self.run.log(f"training from step {self.state.step} to {self.total_steps} on {self.device} in {precision}{together}")
+
+    def _newest(self, resume: bool) -> str:
+        """Name of the checkpoint to go on from; empty for a new run."""
+        found = latest_checkpoint(self.run.checkpoints, log=self.run.log)
+        if not resume and (found is not None or next(self.run.metrics(), None) is not None):
+            raise TrainingError(
+                f"{self.run.path}: this folder holds an unfinished run. Go on with it (--resume), or choose another folder."
+            )
+        return "" if found is None else found.name
 
     def run_to_end(self, progress: ProgressCallback) -> FitResult:
         """All remaining steps, then the final weights and numbers."""
@@ -224,7 +246,10 @@ class _Trainer:
                 if state.step % config.checkpoint_every == 0 and state.step < self.total_steps:
                     self._checkpoint()
                 progress(state.step, self.total_steps, self._note())
-                signals.check()
+                if self.team.alone:
+                    signals.check()
+                elif self.team.any(signals.asked):  # all stop after the same step, or none
+                    raise KeyboardInterrupt
         finally:
             # A generator is closed now, so that its workers end with the epoch and not with the garbage collection.
             if isinstance(source, Generator):
@@ -240,9 +265,10 @@ class _Trainer:
         for index in range(size):
             begin = time.perf_counter()
             # Between steps nothing is half done, so a signal need not wait for the batch.
-            signals.safe = index == 0
+            signals.safe = index == 0 and self.team.alone
             try:
-                batch = next(source, None)
+                with self.team.at(f"loading batch {position + index} of epoch {epoch}", waits=False):
+                    batch = next(source, None)
             finally:
                 signals.safe = False
             if batch is None:
@@ -252,16 +278,17 @@ class _Trainer:
             self.mid_step = True
             wait += time.perf_counter() - begin
             frames += batch.frame_names
-            for name, value in self._backward(batch, epoch, position + index, size).items():
+            for name, value in self._backward(batch, epoch, position + index, size, last=index == size - 1).items():
                 terms[name] = terms[name] + value if name in terms else value
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.device)
         # One transfer per step: every number that is looked at or logged.
         names = [*terms, "grad_norm"]
-        values = torch.stack([t.detach().to(self.device, torch.float32) for t in (*terms.values(), norm)]).tolist()
+        stacked = torch.stack([t.detach().to(self.device, torch.float32) for t in (*terms.values(), norm)])
+        values = self.team.mean(stacked).tolist()
         losses = dict(zip(names, values, strict=True))
         if not (math.isfinite(losses["total"]) and math.isfinite(losses["grad_norm"])):
-            self._refuse(losses, frames, epoch, rate)
+            self._refuse(losses, self._guilty(frames, stacked), epoch, rate)
         if self.config.optim.grad_clip is not None and gradients:
             nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.optim.grad_clip, norm)
         self.optimizer.step()
@@ -273,19 +300,32 @@ class _Trainer:
         self.mid_step = False
         return wait
 
-    def _backward(self, batch: PointBatch, epoch: int, position: int, size: int) -> dict[str, Tensor]:
-        """Adds a batch's share of the gradient; returns its share of each loss term."""
+    def _backward(self, batch: PointBatch, epoch: int, position: int, size: int, *, last: bool) -> dict[str, Tensor]:
+        """Adds a batch's share of the gradient, at the last one that of all processes; returns its share of each loss term."""
         seed = batch_seed(self.config.seed, epoch, position)
         # Dropout draws from the process's own generator; seeding it too keeps a resumed run on the same numbers.
-        torch.manual_seed(seed)
+        rank = self.team.place.rank
+        torch.manual_seed(seed if rank == 0 else batch_seed(seed, rank, 0))
         generator = torch.Generator(self.device).manual_seed(seed)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            terms = self.task.loss(batch.to(self.device), generator)
-        total = terms["total"] / size
-        if not total.requires_grad:
-            raise TrainingError(f"the loss of batch {', '.join(batch.frame_names)} does not depend on any trainable parameter")
-        total.backward()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.team.at(f"forward and backward pass of batch {position} of epoch {epoch}"))
+            if isinstance(self.loss, nn.parallel.DistributedDataParallel) and not last:
+                stack.enter_context(self.loss.no_sync())
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+                terms = self.loss(batch.to(self.device), generator)
+            total = terms["total"] / size
+            if not total.requires_grad:
+                raise TrainingError(
+                    f"the loss of batch {', '.join(batch.frame_names)} does not depend on any trainable parameter"
+                )
+            total.backward()
         return {name: value.detach() / size for name, value in terms.items()}
+
+    def _guilty(self, frames: list[str], values: Tensor) -> list[str]:
+        """The frames of the processes whose own numbers are not finite; of all if no loss is to blame."""
+        finite = bool(torch.isfinite(values[:-1]).all())
+        said = self.team.texts(f"{'+' if finite else '-'}{', '.join(frames)}")
+        return [text[1:] for text in said if text.startswith("-")] or [text[1:] for text in said if text[1:]]
 
     def _refuse(self, losses: Mapping[str, float], frames: list[str], epoch: int, rate: float) -> None:
         terms = ", ".join(f"{name} {value:.6g}" for name, value in losses.items())
@@ -328,6 +368,9 @@ class _Trainer:
         """Writes everything a resumed run needs; older checkpoints beyond `keep_last` are removed afterwards."""
         if self.saved_step == self.state.step:
             return
+        if not self.team.writes:
+            self.saved_step = self.state.step
+            return
         tensors = training_tensors(self.module, self.optimizer)
         save_checkpoint(checkpoint_path(self.run.checkpoints, self.state.step), tensors, self._meta())
         prune_checkpoints(self.run.checkpoints, self.config.keep_last)
@@ -356,6 +399,8 @@ class _Trainer:
 
     def _finish(self) -> FitResult:
         state = self.state
+        if not self.team.writes:
+            return FitResult(state.step, state.seconds, state.losses)
         # Without the clock's readings: the same run gives the same file, to the byte.
         meta = {name: value for name, value in self._meta().items() if name != "progress"}
         save_checkpoint(self.run.model_path, model_tensors(self.module), meta)
@@ -372,6 +417,25 @@ class _Trainer:
         )
         self.run.log(f"finished {state.step} steps in {duration(state.seconds)}")
         return FitResult(state.step, state.seconds, state.losses)
+
+
+class _Loss(nn.Module):
+    """A task's loss as the call of a module, which is what gradients are averaged over. Only "total" has a gradient."""
+
+    def __init__(self, task: Task, module: nn.Module, team: Team) -> None:
+        super().__init__()
+        self.module, self._task, self._team = module, task, team
+
+    def forward(self, batch: PointBatch, generator: torch.Generator) -> dict[str, Tensor]:
+        with computing_together(self._team.norms):
+            terms = self._task.loss(batch, generator)
+            total = with_added_terms(terms["total"])
+        return {**{name: value.detach() for name, value in terms.items()}, "total": total}
+
+
+def _claim(run: RunFolder, config: TrainingConfig) -> str:
+    run.claim(config)
+    return ""
 
 
 def batch_seed(seed: int, epoch: int, position: int) -> int:

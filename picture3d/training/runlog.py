@@ -31,6 +31,8 @@ class RunFolder:
     ``log.txt``            what happened when, in words
     """
 
+    writes = True  # False: nothing is written; for the processes of a job that are not its first
+
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.config_path = self.path / "config.json"
@@ -49,7 +51,9 @@ class RunFolder:
             ConfigError: if the folder belongs to a run of another config; the keys that differ are named.
         """
         wanted = config.model_dump(mode="json")
-        if self.config_path.exists():
+        if not self.writes:
+            pass
+        elif self.config_path.exists():
             found = read_config_tree(self.config_path)
             with suppress(ConfigError):  # keys younger than the run stand at their defaults: what it was made with
                 found = type(config).from_tree(found).model_dump(mode="json")
@@ -75,13 +79,15 @@ class RunFolder:
 
     def log(self, text: str) -> None:
         """Adds a line with the time of day to log.txt."""
-        append_line(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+        if self.writes:
+            append_line(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     # Metrics -------------------------------------------------------------------------------------------------------------
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl. `record` has a key "step"."""
-        append_line(self.metrics_path, json.dumps(dict(record)))
+        if self.writes:
+            append_line(self.metrics_path, json.dumps(dict(record)))
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first; a line torn by a crash is left out."""
@@ -98,7 +104,7 @@ class RunFolder:
 
     def cut_metrics(self, after_step: int) -> None:
         """Takes out the lines of steps later than `after_step`: a resumed run writes them again."""
-        if self.metrics_path.exists():
+        if self.writes and self.metrics_path.exists():
             with replacing(self.metrics_path) as temporary, temporary.open("w", encoding="utf-8") as file:
                 for record in self.metrics():
                     if record["step"] <= after_step:
@@ -122,11 +128,13 @@ class RunFolder:
 
     def update_summary(self, values: Mapping[str, Any]) -> None:
         """Adds values to summary.json, replacing those of the same name."""
-        write_text(self.summary_path, json.dumps({**self.summary(), **values}, indent=2) + "\n")
+        if self.writes:
+            write_text(self.summary_path, json.dumps({**self.summary(), **values}, indent=2) + "\n")
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes a JSON file of the run, whole or not at all."""
-        write_text(self.path / name, json.dumps(dict(values), indent=2) + "\n")
+        if self.writes:
+            write_text(self.path / name, json.dumps(dict(values), indent=2) + "\n")
 
     @property
     def finished(self) -> bool:
@@ -135,7 +143,8 @@ class RunFolder:
 
     def write_environment(self, device: str) -> None:
         """Writes environment.json: versions, device, threads and platform. Nothing in it names a user, host or path."""
-        write_text(self.environment_path, json.dumps(describe_environment(device), indent=2) + "\n")
+        if self.writes:
+            write_text(self.environment_path, json.dumps(describe_environment(device), indent=2) + "\n")
 
 
 def describe_environment(device: str) -> dict[str, Any]:
