@@ -62,7 +62,8 @@ def fold_row_norm(linear: nn.Linear, norm: RowBatchNorm, rows: Tensor, count: Te
     """The linear layer that ``norm(linear(x))`` amounts to, where x are `rows`, each of them `count` times.
 
     In training the statistics are those of the repeated rows, and the running statistics move with them, as if the rows had
-    been written out; of several processes together those of the rows of all. The variance follows from the (k, k) covariance of the rows, so nothing of width C is made for it.
+    been written out; several processes together take those of all their rows. The variance follows from the (k, k)
+    covariance of the rows, so nothing of width C is made for it.
 
     Args:
         linear: k columns to C, with bias.
@@ -75,13 +76,15 @@ def fold_row_norm(linear: nn.Linear, norm: RowBatchNorm, rows: Tensor, count: Te
     """
     total = int(count.sum()) if norm.training else 0
     with torch.autocast(rows.device.type, enabled=False):
-        group = group_of_step() if norm.training else None
-        share = count.to(torch.float64) / max(1, total)
-        mean_row = share @ rows.double()
-        offset = rows.double() - mean_row
-        moments = (offset * share[:, None]).T @ offset
-        if group is not None:  # rows are data: no gradient passes through their moments
-            total, mean_row, moments = _moments_of_all(total, mean_row, moments, group)
+        mean_row = moments = rows
+        if norm.training:
+            share = count.to(torch.float64) / max(1, total)
+            mean_row = share @ rows.double()
+            offset = rows.double() - mean_row
+            moments = (offset * share[:, None]).T @ offset
+            group = group_of_step()
+            if group is not None:  # rows are data: no gradient passes through their moments
+                total, mean_row, moments = _moments_of_all(total, mean_row, moments, group)
         if norm.training and total >= 2:
             covariance = moments.to(rows.dtype)
             mean = F.linear(mean_row.to(rows.dtype), linear.weight, linear.bias)
@@ -102,9 +105,7 @@ def fold_row_norm(linear: nn.Linear, norm: RowBatchNorm, rows: Tensor, count: Te
         return linear.weight * scale[:, None], (linear.bias - mean) * scale + norm.bias
 
 
-def _moments_of_all(
-    total: int, mean: Tensor, moments: Tensor, group: dist.ProcessGroup
-) -> tuple[int, Tensor, Tensor]:
+def _moments_of_all(total: int, mean: Tensor, moments: Tensor, group: dist.ProcessGroup) -> tuple[int, Tensor, Tensor]:
     """Rows in all, their (k,) mean and (k, k) biased covariance, from those of each process; float64."""
     own = torch.cat([mean.new_tensor([total]), mean, moments.flatten()])
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
