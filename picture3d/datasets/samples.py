@@ -164,8 +164,15 @@ class Sample:
 
     def select(self, rows: NDArray[np.bool_] | NDArray[np.integer]) -> Sample:
         """The points chosen by a boolean mask or an index."""
-        labels = None if self.labels is None else self.labels[rows]
-        return replace(self, xyz=self.xyz[rows], features=self.features[rows], point_id=self.point_id[rows], labels=labels)
+        if rows.dtype == np.bool_:
+            rows = np.flatnonzero(rows)
+        return replace(  # `take` needs a third of the time of an index in brackets
+            self,
+            xyz=self.xyz.take(rows, 0),
+            features=self.features.take(rows, 0),
+            point_id=self.point_id.take(rows),
+            labels=None if self.labels is None else self.labels.take(rows),
+        )
 
     def select_boxes(self, rows: NDArray[np.bool_]) -> Sample:
         """The boxes chosen by a boolean mask; the sample itself if it has none."""
@@ -264,14 +271,16 @@ def finish_sample(sample: Sample, config: DataConfig, rng: np.random.Generator |
         boxes = None if sample.boxes is None else drawn.boxes(sample.boxes)
         occupancy = None if sample.occupancy is None else drawn.occupancy(sample.occupancy)
         sample = replace(sample, xyz=drawn.points(sample.xyz), boxes=boxes, occupancy=occupancy)
+    rows: NDArray[np.integer] | None = None  # those that stay, in their new order: the points are moved in memory once
     if config.range_min is not None and config.range_max is not None:
         inside = _inside(sample.xyz, config.range_min, config.range_max, axes=3 if config.crop_z else 2)
-        sample = sample if inside.all() else sample.select(np.flatnonzero(inside))
+        rows = None if inside.all() else np.flatnonzero(inside)
         if sample.boxes is not None:
             sample = sample.select_boxes(_inside(sample.boxes.center, config.range_min, config.range_max, axes=3))
     if config.shuffle_points and rng is not None:
-        sample = sample.select(rng.permutation(len(sample.xyz)))
-    return sample
+        order = rng.permutation(len(sample.xyz) if rows is None else len(rows))
+        rows = order if rows is None else rows[order]
+    return sample if rows is None else sample.select(rows)
 
 
 def _boxes(frame: Frame, config: DataConfig) -> tuple[Boxes | None, NDArray[np.int64] | None]:

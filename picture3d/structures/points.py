@@ -50,4 +50,5 @@ class PointCloud:
 
     def select(self, index: NDArray[np.bool_] | NDArray[np.integer]) -> PointCloud:
         """The rows chosen by a boolean mask or an index, in that order."""
-        return replace(self, **{name: column[index] for name, column in self.columns().items()})
+        rows = np.flatnonzero(index) if index.dtype == np.bool_ else index
+        return replace(self, **{name: column.take(rows, 0) for name, column in self.columns().items()})
