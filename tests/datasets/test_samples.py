@@ -116,6 +116,17 @@ def test_the_crop_keeps_points_on_its_border(tmp_path):
     assert sample(tmp_path, **box, crop_z=False).point_id.tolist() == [0, 1, 3, 4]
 
 
+def test_points_are_cropped_and_shuffled_in_one_move_and_keep_their_columns(tmp_path):
+    write_made_dataset(tmp_path, {"log-a": [made_frame(points=500)]})
+    box: dict[str, Any] = {"range_min": [-5, -10, -5], "range_max": [15, 10, 20]}
+    whole, cropped = sample(tmp_path), sample(tmp_path, **box)
+    shuffled = sample(tmp_path, rng=3, shuffle_points=True, **box)
+    assert 20 < len(cropped.xyz) < 200
+    assert sorted(shuffled.point_id.tolist()) == cropped.point_id.tolist() != shuffled.point_id.tolist()
+    for name in ("xyz", "features", "labels"):
+        np.testing.assert_array_equal(getattr(shuffled, name), getattr(whole, name)[shuffled.point_id])
+
+
 @pytest.mark.parametrize("settings", [{}, {"range_min": [100, 100, 100], "range_max": [101, 101, 101]}])
 def test_an_empty_frame_is_kept(tmp_path, settings):
     write_made_dataset(tmp_path, {"log-a": [made_frame(points=0)]})

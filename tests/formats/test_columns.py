@@ -162,6 +162,14 @@ def test_a_zlib_bomb_is_refused_without_unpacking_it():
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("more", [1, 100, 1 << 20])
+def test_a_stream_that_is_longer_than_it_should_be_is_refused_by_a_thread_that_has_read_nothing_before(more):
+    rng = np.random.default_rng(0)
+    data = zlib.compress(rng.bytes(200_000) + bytes(more))
+    with ThreadPoolExecutor(1) as fresh, pytest.raises(DataError, match="something else than the 200000 bytes"):
+        fresh.submit(decode, data, PLANES, "|u1", (200_000,)).result()
+
+
 @pytest.mark.parametrize("shape", [(-1,), (), (1 << 40,), (1 << 20, 1 << 20), (2, 2, 2, 2, 2)])
 def test_absurd_shapes_are_refused(shape):
     with pytest.raises(DataError):
