@@ -571,6 +571,27 @@ def probe(
 
 
 @app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Run folder or checkpoint of a pre-training or fine-tuning.")],
+    others: Annotated[list[Path], typer.Argument(help="One or several more; each is compared with the first.")],
+    data: DataOption = None,
+    split: Annotated[str | None, typer.Option("--split", help="Default: val if there is one.")] = None,
+    frames: Annotated[int, typer.Option("--frames", min=1, help="Sweeps they look at, evenly spread.")] = 4,
+    out: Annotated[Path | None, typer.Option("--out", help="Leave JSON and heat maps here; `report` shows them.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Compare encoders layer by layer: linear CKA of all layers, disparity of the weights."""
+    from picture3d.commands.compare import compare as command
+
+    told = command(
+        first, others, data=data, split=split, frames=frames, out=out, as_json=as_json, device=device, threads=threads
+    )
+    _show(told)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder that holds run folders (as `demo` leaves it).")],
     data: DataOption = None,

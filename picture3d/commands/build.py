@@ -113,14 +113,22 @@ def scoring_batches(data: DataConfig, *, root: Path | None, split: str | None, l
     return FrameBatches(whole, batch_size=1, seed=0, train=False)
 
 
-def sample_batch(data: DataConfig, frames: int, *, root: Path | None = None, split: str | None = None) -> PointBatch:
+def sample_batch(data: DataConfig, frames: int) -> PointBatch:
     """A few whole sweeps as one batch: frames evenly spread over a dataset (the first of several), as they are."""
+    return sample_frames(data, frames, batch_size=frames).batch(0, 0)
+
+
+def sample_frames(
+    data: DataConfig, frames: int, *, root: Path | None = None, split: str | None = None, batch_size: int = 1
+) -> FrameBatches:
+    """Whole sweeps evenly spread over a dataset (the first of several), as they are: not augmented, without labels."""
     updates: dict[str, object] = {"also": (), "labels": False, "box_classes": (), "label_share": 1.0, "max_frames": None}
     updates |= {"root": root or data.root, "split": split or data.split, "every": 1, "objects": None, "cache_bytes": 0}
-    batches = FrameBatches(data.model_copy(update=updates), batch_size=frames, seed=0, train=False)
-    count = min(frames, len(batches.keys))
-    batches.choose([batches.keys[(2 * index + 1) * len(batches.keys) // (2 * count)] for index in range(count)])
-    return batches.batch(0, 0)
+    batches = FrameBatches(data.model_copy(update=updates), batch_size=batch_size, seed=0, train=False)
+    keys = batches.keys
+    count = min(frames, len(keys))
+    batches.choose([keys[(2 * index + 1) * len(keys) // (2 * count)] for index in range(count)])
+    return batches
 
 
 def build_teacher(name: str, weights: Path | None, device: torch.device) -> Teacher:
@@ -185,7 +193,7 @@ def _encoder_teacher(source: Path, device: torch.device) -> Teacher:
     tree = checkpoint.meta.get("config")
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: does not say how its encoder was built; name a run of this package or its checkpoint")
-    config = _run_config(tree, str(source))
+    config = run_config_of(tree, str(source))
     if config.data.sweeps > 1:
         raise ConfigError(
             f"{source}: its encoder learnt from {config.data.sweeps} sweeps merged; a teacher sees each sweep alone. Use one "
@@ -235,10 +243,15 @@ def read_run_config(run: Path) -> RunConfig:
         ConfigError: if the folder holds no config, or one of another kind.
     """
     path = run / "config.json"
-    return _run_config(read_config_tree(path), str(path))
+    return run_config_of(read_config_tree(path), str(path))
 
 
-def _run_config(tree: dict[str, Any], source: str) -> RunConfig:
+def run_config_of(tree: dict[str, Any], source: str) -> RunConfig:
+    """The config of a run from its JSON tree, as the kind it is; `source` is named in errors.
+
+    Raises:
+        ConfigError: if it is of another kind, or does not hold.
+    """
     match tree.get("kind"):
         case "pretrain":
             return PretrainConfig.from_tree(tree, source=source)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from picture3d.commands.build import build_picture, build_segmentation, build_targets, read_run_config
+from picture3d.commands.compare import read_comparison
 from picture3d.commands.machine import start
 from picture3d.datasets.loading import collate
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
@@ -27,6 +28,7 @@ from picture3d.tasks.segmentation import SegmentationTask
 from picture3d.training.checkpoint import load_into, load_weights
 from picture3d.training.runlog import RunFolder
 from picture3d.view.colors import Colors, pca_colors
+from picture3d.view.heat_map import HeatMap
 from picture3d.view.report import render_report
 from picture3d.view.report_data import CurveGroup, ReportData, RunScores, SceneView, Step, curves_from_records
 
@@ -72,6 +74,7 @@ def write_report(
         scores=_scores(runs),
         scenes=scenes(runs, root, machine),
         curves=_curves(runs),
+        comparisons=comparisons(folder),
         steps=steps or _steps(runs),
         notes=notes,
         environment=_environment(runs),
@@ -93,6 +96,17 @@ def find_runs(folder: Path) -> list[Run]:
         raise DataError(f"{folder}: holds no run folder (config.json and metrics.jsonl), neither in itself nor in runs/")
     runs = [Run(place.name, RunFolder(place), read_run_config(place)) for place in found]
     return sorted(runs, key=lambda run: (run.config.kind != "pretrain", (run.folder.config_path).stat().st_mtime))
+
+
+def comparisons(folder: Path) -> list[HeatMap]:
+    """Heat maps of what `compare --out` left in `folder` or in ``folder/runs``.
+
+    Raises:
+        DataError: if such a file is damaged.
+    """
+    return [
+        read_comparison(path).heat_map() for place in (folder, folder / "runs") for path in sorted(place.glob("compare_*.json"))
+    ]
 
 
 def _default_summary(runs: list[Run]) -> str:

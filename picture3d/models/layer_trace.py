@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from picture3d.errors import ConfigError
 from picture3d.models.dsvt import Dsvt
 from picture3d.models.dsvt_config import DsvtConfig
-from picture3d.ops.scatter import gather_rows
+from picture3d.ops.scatter import gather_rows, select_unique_rows
+from picture3d.ops.sets import SetRuns
 
 
 def num_layers(config: DsvtConfig) -> int:
@@ -56,6 +57,8 @@ class LayerTrace:
     def __init__(self, config: DsvtConfig) -> None:
         self._stage_of_layer = tuple(s for s, blocks in enumerate(config.blocks) for _ in range(2 * blocks))
         self._tokens: list[Tensor | None] = [None] * num_layers(config)
+        # Where a layer keeps each of its stage's voxels; None: in the order of the voxels.
+        self._places: list[Tensor | None] = [None] * num_layers(config)
         self._pooled: list[Tensor | None] = [None] * (len(config.blocks) - 1)
 
     def __len__(self) -> int:
@@ -74,7 +77,10 @@ class LayerTrace:
         for pooled in self._pooled[: self._stage_of_layer[layer]]:
             assert pooled is not None  # a stage runs after the poolings before it
             row = pooled if row is None else pooled[row]
-        return tokens if row is None else gather_rows(tokens, row)
+        place = self._places[layer]
+        if row is None:
+            return tokens if place is None else select_unique_rows(tokens, place)
+        return gather_rows(tokens, row if place is None else place[row])
 
 
 @contextmanager
@@ -89,11 +95,20 @@ def trace_layers(encoder: Dsvt) -> Iterator[LayerTrace]:
 
         handles.append(module.register_forward_hook(keep))
 
+    def watch_order(block: nn.Module, layer: int) -> None:
+        def keep(_module: nn.Module, inputs: tuple[object, ...]) -> None:
+            # A block may run each of its layers in the order of its sets.
+            layout = next((one for one in inputs if isinstance(one, SetRuns)), None)
+            trace._places[layer] = None if layout is None else layout.place_of_voxel[0]
+
+        handles.append(block.register_forward_pre_hook(keep))
+
     layer = 0
     for stage, blocks in enumerate(encoder.config.blocks):
         if stage > 0:
             watch(encoder.get_submodule(f"stage_{stage - 1}_reduction"), trace._pooled, stage - 1)
         for block in range(blocks):
+            watch_order(encoder.get_submodule(f"stage_{stage}.{block}"), layer)
             watch(encoder.get_submodule(f"stage_{stage}.{block}.encoder_list.0"), trace._tokens, layer)
             watch(encoder.get_submodule(f"residual_norm_stage_{stage}.{block}"), trace._tokens, layer + 1)
             layer += 2

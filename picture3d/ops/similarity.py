@@ -25,9 +25,10 @@ class CrossMoments:
 
     def __init__(self, left: Sequence[int], right: Sequence[int]) -> None:
         self._left, self._right = list(left), list(right)
-        self._origin: Tensor | None = None  # (D,) of all features side by side
-        self._sum = torch.zeros(sum(self._left) + sum(self._right), dtype=torch.float64)
-        self._products = torch.zeros(len(self._sum), len(self._sum), dtype=torch.float64)
+        self._origins: list[Tensor] = []  # one row (columns,) per feature, left and right
+        self._sums = [torch.zeros(columns, dtype=torch.float64) for columns in (*left, *right)]
+        self._own = [torch.zeros(columns, columns, dtype=torch.float64) for columns in (*left, *right)]
+        self._cross = torch.zeros(sum(left), sum(right), dtype=torch.float64)
         self.rows = 0  # rows seen
 
     def add(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
@@ -39,37 +40,59 @@ class CrossMoments:
         columns = [t.shape[1] for t in (*left, *right)]
         if columns != [*self._left, *self._right] or len({len(t) for t in (*left, *right)}) > 1:
             raise ValueError(f"features of {columns} columns given, {[*self._left, *self._right]} and equal rows wanted")
-        rows = torch.cat([t.detach().double() for t in (*left, *right)], dim=1)
-        if not bool(rows.isfinite().all()):
+        features = [t.detach().double() for t in (*left, *right)]
+        if not all(bool(feature.isfinite().all()) for feature in features):
             raise ValueError("a feature is not a finite number")
-        if len(rows) == 0:
+        if len(features[0]) == 0:
             return
-        if self._origin is None:
-            self._origin = rows.mean(0)
-            self._sum, self._products = self._sum.to(rows.device), self._products.to(rows.device)
-        rows = rows - self._origin
-        self._sum += rows.sum(0)
-        self._products += rows.mT @ rows
-        self.rows += len(rows)
+        if not self._origins:
+            self._origins = [feature.mean(0) for feature in features]
+            device = features[0].device
+            self._sums, self._own = [t.to(device) for t in self._sums], [t.to(device) for t in self._own]
+            self._cross = self._cross.to(device)
+        features = [feature - origin for feature, origin in zip(features, self._origins, strict=True)]
+        for feature, total, own in zip(features, self._sums, self._own, strict=True):
+            total += feature.sum(0)
+            own += feature.mT @ feature
+        self._cross += torch.cat(features[: len(self._left)], 1).mT @ torch.cat(features[len(self._left) :], 1)
+        self.rows += len(features[0])
 
     def cka(self) -> Tensor:
         """(left, right) float64 on the CPU, in 0..1; NaN where a feature does not vary (or fewer than two rows were seen)."""
         result = torch.full((len(self._left), len(self._right)), float("nan"), dtype=torch.float64)
-        if self.rows < 2 or self._origin is None:
+        if self.rows < 2:
             return result
-        covariance = self._products - torch.outer(self._sum, self._sum) / self.rows
-        # What rounding leaves of a constant feature is not variation: its size is set against that of the values themselves.
-        scale = self._origin.square() * self.rows + self._products.diagonal()
-        slices = _slices([*self._left, *self._right])
-        norms = [covariance[s, s].norm() for s in slices]
-        constant = [bool(covariance.diagonal()[s].sum() <= 1e-24 * scale[s].sum()) for s in slices]
-        for i in range(len(self._left)):
-            for j in range(len(self._right)):
-                k = len(self._left) + j
-                if not (constant[i] or constant[k]):
-                    cross = covariance[slices[i], slices[k]].square().sum()
-                    result[i, j] = float((cross / (norms[i] * norms[k])).clamp(0, 1))
+        norms: list[float] = []
+        for total, own, origin in zip(self._sums, self._own, self._origins, strict=True):
+            covariance = own - torch.outer(total, total) / self.rows
+            # What rounding leaves of a constant feature is not variation: it is set against the size of the values themselves.
+            size = self.rows * origin.square().sum() + own.diagonal().sum()
+            constant = bool(covariance.diagonal().sum() <= 1e-24 * size)
+            norms.append(float("nan") if constant else float(covariance.norm()))
+        sums = self._sums
+        rows, columns = _slices(self._left), _slices(self._right)
+        for i, row in enumerate(rows):
+            for j, column in enumerate(columns):
+                k = len(rows) + j
+                cross = self._cross[row, column] - torch.outer(sums[i], sums[k]) / self.rows
+                value = float(cross.square().sum()) / (norms[i] * norms[k])
+                result[i, j] = min(value, 1.0) if value == value else value
         return result
+
+
+def weight_disparity(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean and variance of ``after - before`` over all numbers of some tensors; NaN for no numbers.
+
+    Raises:
+        ValueError: if shapes differ.
+    """
+    if [t.shape for t in before] != [t.shape for t in after]:
+        raise ValueError("weights of other shapes have no difference")
+    differences = [(b.double() - a.double()).flatten() for a, b in zip(before, after, strict=True)]
+    if not sum(len(d) for d in differences):
+        return float("nan"), float("nan")
+    every = torch.cat(differences)
+    return float(every.mean()), float(every.var(correction=0))
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:

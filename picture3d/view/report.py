@@ -17,6 +17,7 @@ from picture3d.files import write_text
 from picture3d.view import curves
 from picture3d.view.colors import class_colors, ramp_table
 from picture3d.view.figures import Figure, background_css, hero_picture, scene_figures
+from picture3d.view.heat_map import HeatMap, heat_map_svg
 from picture3d.view.pictures import data_uri, webp_bytes
 from picture3d.view.report_data import CurveGroup, ReportData, RunScores, Step, is_known
 from picture3d.view.scene_modes import Legend, Mode, hex_color, readable, scene_modes
@@ -63,6 +64,7 @@ def report_html(data: ReportData) -> str:
         _section("Scores", _scores(data, colors)),
         *(_section("" if i else "Pictures", body) for i, body in enumerate(pictures)),
         _section("Training", "".join(_curve_group(group, colors) for group in data.curves)),
+        _section("Encoders compared", _comparisons(data.comparisons)),
         _section("What was run", _steps(data.steps)),
         _section("Read with care", _notes(data.notes)),
         _section("Machine and settings", _environment(data.environment) + _configs(data.configs)),
@@ -226,6 +228,17 @@ def _curve_group(group: CurveGroup, colors: Mapping[str, str]) -> str:
     columns = 2 if len(charts) in {1, 2, 4} else 3
     grid = f'<div class="charts" style="--columns:{columns}">{"".join(charts)}</div>'
     return f'<h3>{escape(group.title)}</h3>{text}<ul class="legend">{key}</ul>{grid}'
+
+
+def _comparisons(maps: Sequence[HeatMap]) -> str:
+    if not maps:
+        return ""
+    figures = "".join(f"<figure>{heat_map_svg(heat)}<figcaption>{escape(heat.title)}.</figcaption></figure>" for heat in maps)
+    return (
+        "<p>How far the layers of two encoders say the same of the voxels of a few sweeps: 1 is the same up to rotation and "
+        "scale, 0 nothing in common. Layers are named by stage, block and half of the block, and grow deeper upwards and to "
+        f"the right; on the diagonal a layer meets its own place in the other encoder.</p>{figures}"
+    )
 
 
 def _steps(steps: Sequence[Step]) -> str:

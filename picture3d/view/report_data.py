@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.view.colors import Colors
+from picture3d.view.heat_map import HeatMap
 
 LIDARSEG_CLASSES: tuple[str, ...] = (
     "ignored",
@@ -121,6 +122,7 @@ class ReportData:
     scores: Mapping[str, RunScores] = field(default_factory=dict)  # the first run is what the others are compared with
     scenes: Sequence[SceneView] = ()
     curves: Sequence[CurveGroup] = ()
+    comparisons: Sequence[HeatMap] = ()  # of encoders' layers
     steps: Sequence[Step] = ()
     notes: Sequence[str] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)

@@ -40,14 +40,25 @@ def test_the_last_layer_of_each_stage_is_what_the_encoder_gives_out(checkpointin
     assert all(p.grad is not None for name, p in network.named_parameters() if layer_of_parameter(name, CONFIG) is not None)
 
 
+def test_every_layer_lies_in_the_order_of_the_voxels_however_attention_is_computed():
+    voxels, seen = voxels_of(), []
+    for attention in ("padded", "bucketed"):
+        network = encoder(CONFIG.model_copy(update={"attention": attention}))
+        with trace_layers(network) as trace, torch.no_grad():
+            network(voxels)
+        seen.append([trace.at_voxels(layer) for layer in range(6)])
+    for layer, (padded, bucketed) in enumerate(zip(*seen, strict=True)):
+        torch.testing.assert_close(bucketed, padded, rtol=1e-4, atol=1e-5, msg=f"layer {layer}")
+
+
 def test_watching_changes_nothing_and_ends():
     network, voxels = encoder(), voxels_of()
     before = network(voxels).output.feats
     with trace_layers(network) as trace:
         assert torch.equal(network(voxels).output.feats, before)
-    seen = trace.at_voxels(0)
+    seen = trace.at_voxels(0).clone()
     network(voxels.with_feats(voxels.feats + 1))
-    assert trace.at_voxels(0) is seen
+    assert torch.equal(trace.at_voxels(0), seen)
 
 
 def test_an_encoder_that_did_not_run_has_no_layers():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from picture3d.ops.similarity import CrossMoments, linear_cka
+from picture3d.ops.similarity import CrossMoments, linear_cka, weight_disparity
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -85,3 +85,14 @@ def test_what_is_not_finite_or_does_not_fit_is_refused():
         moments.add([normal(5, 3)], [normal(5, 3)])
     with pytest.raises(ValueError, match="rows"):
         moments.add([normal(5, 2)], [normal(4, 3)])
+
+
+def test_weight_disparity_is_mean_and_variance_over_all_numbers():
+    before = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0.0])]
+    after = [torch.tensor([[2.0, 2.0], [3.0, 4.0]]), torch.tensor([-4.0])]
+    # Differences 1, 0, 0, 0, -4: mean -0.6; mean of squares 17 / 5 = 3.4, less 0.36.
+    assert weight_disparity(before, after) == pytest.approx((-0.6, 3.04))
+    assert weight_disparity(before, before) == (0.0, 0.0)
+    assert all(math.isnan(value) for value in weight_disparity([], []))
+    with pytest.raises(ValueError, match="shapes"):
+        weight_disparity(before, after[:1])
