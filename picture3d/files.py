@@ -7,13 +7,14 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from picture3d.errors import DataError
+from picture3d.errors import ConfigError, DataError
 
 PARTIAL_SUFFIX = ".partial"
 # A Path keeps one of the two slashes. A drive letter of Windows is one letter.
@@ -158,13 +159,41 @@ def refuse_url(path: Path) -> None:
 
 
 LOCK_NAME = ".writer.lock"
+
+
+def job_share(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """Which part of a job's logs is this process's: number `rank` of `world`, as ``torchrun`` or the user says it by RANK and
+    WORLD_SIZE; (0, 1) if nobody does.
+
+    Raises:
+        ConfigError: if only one of the two is set, or they are no numbers, or contradict each other.
+    """
+    found = os.environ if environment is None else environment
+    said = found.get("RANK"), found.get("WORLD_SIZE")
+    if said == (None, None):
+        return 0, 1
+    try:
+        rank, world = (int(value) for value in said if value is not None)
+    except ValueError:
+        rank, world = -1, 0
+    if not 0 <= rank < world:
+        raise ConfigError(
+            f"RANK={said[0]} and WORLD_SIZE={said[1]} of the environment name no part of a job. Start with torchrun, set both "
+            "(0 <= RANK < WORLD_SIZE), or unset both."
+        )
+    return rank, world
+
+
 _MAX_LOCK_BYTES = 4096
+_JOB_PATIENCE_S = 3.0
 _held: dict[Path, int] = {}  # folders that this process writes to, and how often it said so
 
 
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def sole_writer(folder: Path, *, share: tuple[int, int] = (0, 1)) -> Iterator[None]:
     """While the block runs, no other process that asks may write to `folder`; the same process may ask again.
+
+    With a `share` (rank, world) the processes of one job write side by side, each rank once. Another job is kept out.
 
     The lock is the operating system's, on a file in the folder that names the holder: it ends with the process, however that
     ends, and the next one takes the file over. The file, and a folder that stayed empty, are removed when the block ends.
@@ -183,27 +212,55 @@ def sole_writer(folder: Path) -> Iterator[None]:
             _held[place] -= 1
         return
     made = not place.exists()
-    handle = _lock(place)
+    rank, world = share
+    handles = [(LOCK_NAME, _lock(place, world))]
+    if world > 1:
+        try:
+            handles.append((f"{LOCK_NAME}.{rank}", _lock(place, 1, f"{LOCK_NAME}.{rank}")))
+        except DataError:
+            _unlock(place, handles, world)
+            raise
     _held[place] = 1
     try:
         yield
     finally:
         del _held[place]
-        if handle is not None:
-            _remove(place / LOCK_NAME)  # while it is still held, so that nobody's own file is removed
-            os.close(handle)
+        _unlock(place, handles, world)
         if made:
             with suppress(OSError):  # a folder that nothing was written to was made for the lock alone
                 place.rmdir()
 
 
-def _lock(folder: Path) -> int | None:
-    """The open file that holds the lock, or None where locks do not exist."""
+def _unlock(folder: Path, handles: list[tuple[str, int | None]], world: int) -> None:
+    for name, handle in reversed(handles):
+        if handle is None:
+            continue
+        # While it is still held, so that nobody's own file is removed; a lock of several goes with the last of them.
+        if name != LOCK_NAME or world == 1 or _hold(handle, shared=False):
+            _remove(folder / name)
+        os.close(handle)
+
+
+def _hold(handle: int, *, shared: bool) -> bool:
+    """Takes the operating system's lock, or turns the one held into another kind; False if somebody else's is in the way."""
+    import fcntl
+
     try:
-        import fcntl
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock(folder: Path, world: int = 1, name: str = LOCK_NAME) -> int | None:
+    """The open file that holds the lock, or None where locks do not exist. With several processes it is shared by them."""
+    try:
+        import fcntl  # noqa: F401
     except ImportError:
         return None
-    path = folder / LOCK_NAME
+    path = folder / name
+    # The others of a job hold it alone for a moment, when they come and when they go.
+    patience = time.monotonic() + (_JOB_PATIENCE_S if world > 1 else 0.0)
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -211,23 +268,47 @@ def _lock(folder: Path) -> int | None:
         except OSError as error:
             raise _unwritable(path, error) from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise DataError(
-                f"{folder}: another process writes here: {_holder(path)}. Wait for it, or choose another folder."
-            ) from None
+            first = _hold(handle, shared=False)
+            # Others of the same job may be here already: they share the lock, and its file says of how many they are.
+            if not first and not (world > 1 and _hold(handle, shared=True) and _job_at(path) in (None, _job(world))):
+                os.close(handle)
+                if time.monotonic() < patience:
+                    time.sleep(0.05)
+                    continue
+                raise DataError(
+                    f"{folder}: another process writes here: {_holder(path)}. Wait for it, or choose another folder."
+                )
         except OSError:
             os.close(handle)
             return None
         # The one that held it may have removed the file between opening and locking; then the name is somebody else's.
         with suppress(OSError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
+                if not first:
+                    return handle
                 holder = {"host": socket.gethostname(), "pid": os.getpid(), "command": sys.argv[:8], "since": _now()}
                 os.ftruncate(handle, 0)
+                if world > 1:
+                    holder["job"] = _job(world)
                 os.pwrite(handle, json.dumps(holder).encode()[:_MAX_LOCK_BYTES], 0)
-                return handle
+                if world == 1 or _hold(handle, shared=True):
+                    return handle
         os.close(handle)
+
+
+def _job(world: int) -> str:
+    """What the processes of one job have in common, and two jobs have not."""
+    names = ["TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"]
+    names.append("SLURM_ARRAY_JOB_ID" if "SLURM_ARRAY_JOB_ID" in os.environ else "SLURM_JOB_ID")
+    return "/".join([f"{world} processes", *(os.environ.get(name, "") for name in names)])
+
+
+def _job_at(path: Path) -> str | None:
+    """The job that the lock file names; None if it is not written yet."""
+    try:
+        return str(json.loads(path.read_bytes()[:_MAX_LOCK_BYTES]).get("job", ""))
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _holder(path: Path) -> str:

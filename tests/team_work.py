@@ -37,8 +37,10 @@ ROWS = {"even": (6, 6), "uneven": (1, 8), "one-sided": (0, 7), "lonely": (1, 0),
 RUNS: dict[str, dict[str, Any]] = {
     "pretraining": {},
     "accumulated": {"accumulate": 2},
-    "bf16": {"precision": "bf16"},
     "segmentation": {},
+}
+MORE: dict[str, dict[str, Any]] = {
+    "bf16": {"precision": "bf16"},
     "center": {},
     "transfusion": {},
 }
@@ -82,7 +84,7 @@ class Octants:
 def train(name: str, data: Path, out: Path, team: Team, *, batch_size: int, resume: bool = False, **changes: Any) -> FitResult:
     """Two epochs of a shrunk recipe in the run folder `out`; the last batch of each epoch is incomplete."""
     cpu = torch.device("cpu")
-    updates = {"epochs": 2, "max_steps": None, "batch_size": batch_size, "keep_last": 9, **RUNS.get(name, {}), **changes}
+    updates = {"epochs": 2, "max_steps": None, "batch_size": batch_size, "keep_last": 9, **{**RUNS, **MORE}[name], **changes}
 
     def shrunk(config: Any) -> Any:
         small = tiny(config)
@@ -207,11 +209,12 @@ def main() -> None:
     work, out = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     with joined_team(torch.device("cpu")) as team:
-        if work == "norms":
-            _norms(team, out)
-        elif work == "runs":
+        if work == "runs":
             _norms(team, out)
             _runs(team, out, Path(sys.argv[3]))
+        elif work == "more":
+            for name in MORE:
+                train(name, Path(sys.argv[3]), out / name, team, batch_size=1)
         else:
             _trouble(team, out, work)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from picture3d.datasets.prepared import PreparedDataset, PreparedSummary
 from picture3d.errors import ConfigError
-from picture3d.files import sole_writer
+from picture3d.files import job_share, sole_writer
 from picture3d.training.runlog import Progress
 
 
@@ -89,7 +89,7 @@ def prepare_nuscenes(raw: Path, out: Path, *, version: str, sweeps: int, skip_mi
     """Prepares raw nuScenes; returns what to tell the user."""
     from picture3d.datasets.nuscenes import prepare_nuscenes as prepare
 
-    with sole_writer(out), Progress("prepare", unit="frames") as progress:
+    with sole_writer(out, share=job_share()), Progress("prepare", unit="frames") as progress:
         summary = prepare(raw, out, version=version, sweeps=sweeps, skip_missing=skip_missing, progress=progress)
     return prepared_line(summary)
 
@@ -109,7 +109,7 @@ def prepare_points(
     """Prepares a folder of sweeps; returns what to tell the user."""
     from picture3d.datasets.point_files import prepare_points as prepare
 
-    with sole_writer(out), Progress("prepare", unit="frames") as progress:
+    with sole_writer(out, share=job_share()), Progress("prepare", unit="frames") as progress:
         summary = prepare(
             folder,
             out,
@@ -133,12 +133,14 @@ def targets(
     from picture3d.commands.machine import start
     from picture3d.teachers.store import store_folder
     from picture3d.teachers.targets import compute_targets
+    from picture3d.training.distributed import launched_place
 
-    machine = start(device, threads)
+    share = job_share()
+    machine = start(device, threads, launched_place())
     dataset = PreparedDataset(prepared)
     network = build_teacher(teacher, weights, machine)
-    with sole_writer(store_folder(prepared, network.name)), Progress("targets") as progress:
-        summary = compute_targets(dataset, network, num_superclasses=superclasses, seed=seed, progress=progress)
+    with sole_writer(store_folder(prepared, network.name), share=share), Progress("targets") as progress:
+        summary = compute_targets(dataset, network, num_superclasses=superclasses, seed=seed, progress=progress, share=share)
     return (
         f"{summary.folder}: {summary.logs} logs ({summary.logs_made} made now), {summary.frames} keyframes, "
         f"{summary.cells:,} cells, {summary.bytes / 1e6:.1f} MB; teacher '{network.name}', {network.dimension} columns, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from picture3d.commands.data import prepared_line
-from picture3d.files import sole_writer
+from picture3d.files import job_share, sole_writer
 from picture3d.training.runlog import Progress
 
 
@@ -13,7 +13,7 @@ def prepare_semantickitti(raw: Path, out: Path, *, sweeps: int, skip_missing: bo
     """Prepares SemanticKITTI; returns what to tell the user."""
     from picture3d.datasets.semantickitti import prepare_semantickitti as prepare
 
-    with sole_writer(out), Progress("prepare", unit="frames") as progress:
+    with sole_writer(out, share=job_share()), Progress("prepare", unit="frames") as progress:
         return prepared_line(prepare(raw, out, sweeps=sweeps, skip_missing=skip_missing, progress=progress))
 
 
@@ -21,7 +21,7 @@ def prepare_argoverse2(raw: Path, out: Path, *, sweeps: int, skip_missing: bool)
     """Prepares Argoverse 2 sensor logs; returns what to tell the user."""
     from picture3d.datasets.argoverse2 import prepare_argoverse2 as prepare
 
-    with sole_writer(out), Progress("prepare", unit="frames") as progress:
+    with sole_writer(out, share=job_share()), Progress("prepare", unit="frames") as progress:
         return prepared_line(prepare(raw, out, sweeps=sweeps, skip_missing=skip_missing, progress=progress))
 
 
@@ -29,7 +29,7 @@ def prepare_once(raw: Path, out: Path, *, sweeps: int, skip_missing: bool) -> st
     """Prepares ONCE; returns what to tell the user."""
     from picture3d.datasets.once import prepare_once as prepare
 
-    with sole_writer(out), Progress("prepare", unit="frames") as progress:
+    with sole_writer(out, share=job_share()), Progress("prepare", unit="frames") as progress:
         return prepared_line(prepare(raw, out, sweeps=sweeps, skip_missing=skip_missing, progress=progress))
 
 
@@ -49,7 +49,7 @@ def prepare_waymo(raw: Path, out: Path, *, sweeps: int, xyz_step: float, process
 
     prepare = prepare_waymo_v2 if waymo_version(raw) == 2 else prepare_v1
     codec = Codec(CodecKind.GRID, xyz_step) if xyz_step else PLANES
-    with sole_writer(out), Progress("prepare", unit="frames") as progress:
+    with sole_writer(out, share=job_share()), Progress("prepare", unit="frames") as progress:
         summary = prepare(raw, out, sweeps=sweeps, xyz_codec=codec, processes=processes, progress=progress)
     return "\n".join([*summary.set_aside, prepared_line(summary)]), not summary.set_aside
 

@@ -26,6 +26,7 @@ from picture3d.datasets.prepared import (
     write_dataset,
 )
 from picture3d.errors import DataError
+from picture3d.files import job_share
 from picture3d.formats.columns import PLANES, Codec
 from picture3d.structures.frame import Frame
 from picture3d.structures.points import PointCloud
@@ -54,6 +55,7 @@ def write_logs(
     set_damaged_aside: bool = False,
     processes: int = 1,
     progress: Progress | None = None,
+    share: tuple[int, int] | None = None,
 ) -> PreparedSummary:
     """Makes the logs that an earlier run did not finish, one frame in memory at a time, then ``dataset.json``.
 
@@ -61,10 +63,17 @@ def write_logs(
     why, and the others go on; otherwise the first one ends the preparation. With several `processes` that many logs are made
     side by side (the same bytes; `plans` must be picklable) and `progress` counts whole logs.
 
+    With a `share` (rank, world), by default that of the environment (`files.job_share`), every `world`-th log is made here and
+    the others by the other processes of the job. Who finishes last writes ``dataset.json``; the summary covers all logs that
+    are finished by then. A damaged log ends such a preparation, it is set aside by one process alone.
+
     Raises:
         DataError: from reading the raw files, if the folder cannot be written, if no log at all could be read, or if a
             process was ended from outside.
     """
+    rank, world = job_share() if share is None else share
+    everything, plans = plans, plans[rank::world]
+    set_damaged_aside = set_damaged_aside and world == 1
     total = sum(plan.count for plan in plans)
     done = dropped = made = 0
     logs: dict[str, LogSummary] = {}
@@ -98,6 +107,15 @@ def write_logs(
         tick(0)
     if set_aside and not logs:
         raise DataError(f"{out}: no log could be read. {set_aside[0]}")
+    unfinished = 0
+    for plan in everything if world > 1 else ():
+        if plan.header.log not in logs:
+            summary = finished_log(out, plan.header)
+            unfinished += summary is None
+            logs |= {} if summary is None else {plan.header.log: summary}
+    if unfinished:  # the others' part; who comes last goes on
+        return summarise(out, logs, logs_made=made, missing_files=missing_files, dropped_points=dropped)
+    logs = {plan.header.log: logs[plan.header.log] for plan in everything if plan.header.log in logs}
     splits = {split: [log for log in members if log in logs or not set_aside] for split, members in splits.items()}
     write_dataset(out, name=name, label_set_name=label_set_name, splits=splits, logs=logs)
     return summarise(out, logs, logs_made=made, missing_files=missing_files, dropped_points=dropped, set_aside=set_aside)

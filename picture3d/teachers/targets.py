@@ -160,6 +160,7 @@ def compute_targets(
     seed: int = 0,
     codec: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> TargetsSummary:
     """Runs a teacher over the keyframes of a dataset and stores what it says, log by log.
 
@@ -175,6 +176,8 @@ def compute_targets(
         seed: of the clustering.
         codec: "float16", "int8", or "auto": for each frame the smaller one that keeps a mean cosine of 0.995.
         progress: called with (keyframes done, keyframes in all).
+        share: (rank, world): every `world`-th log from log `rank` on; the others are the other processes' part. The summary
+            then covers this part only.
 
     Raises:
         ConfigError: for a wrong number of superclasses or codec.
@@ -189,8 +192,10 @@ def compute_targets(
     keys: Mapping[str, list[FrameIndex]] = defaultdict(list)
     for key in dataset.keyframes(split):
         keys[key.log].append(key)
-    logs = list(dataset.logs(split))
-    total, done, made = sum(len(of_log) for of_log in keys.values()), 0, 0
+    rank, world = share
+    every_log = list(dataset.logs(split))
+    logs = every_log[rank::world]
+    total, done, made = sum(len(keys.get(log, [])) for log in logs), 0, 0
     show = progress or (lambda done, total: None)
     show(0, total)
     files: list[_LogCounts] = []
@@ -208,7 +213,9 @@ def compute_targets(
         done += len(of_log)
         show(done, total)
         files.append(_count(finished))
-    write_file_list(folder)
+    others = (log for log in every_log if log not in set(logs))
+    if all(_finished(target_path(folder, log), settings, log, keys.get(log, []), dataset) for log in others):
+        write_file_list(folder)  # by whoever is last, for all
     return _summarise(folder, files, made)
 
 

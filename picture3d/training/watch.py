@@ -13,6 +13,7 @@ from datetime import timedelta
 from torch._C._distributed_c10d import TCPStore
 
 SILENT_S = 40.0  # a process that gave no sign of life for so long is dead, or its machine is
+LEFT_S = 10.0  # when one has given up, the others learn of it in their own words; one that hangs does not, and is ended
 _BEAT_S = 2.0
 
 
@@ -115,6 +116,9 @@ class Watch:
             now = time.monotonic()
             if self.where != waiting[0] or not self.waits:
                 waiting = (self.where, now)
+            left = [str(rank) for rank, (beat, seen) in self._beats.items() if now - seen > LEFT_S and "|left: " in beat]
+            if left:
+                self._end(f"rank {', '.join(left)} has given up {LEFT_S:g} s ago")
             silent = [rank for rank, (beat, seen) in self._beats.items() if now - seen > SILENT_S and "|left: " not in beat]
             if silent or now - heard > SILENT_S:
                 which = f"rank {', '.join(map(str, silent))} has" if silent else "the store of the job (rank 0's machine) has"
