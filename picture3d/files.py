@@ -237,6 +237,9 @@ def _unlock(folder: Path, handles: list[tuple[str, int | None]], world: int) -> 
             continue
         # While it is still held, so that nobody's own file is removed; a lock of several goes with the last of them.
         if name != LOCK_NAME or world == 1 or _hold(handle, shared=False):
+            # A rank that was killed left its own: nobody holds it who does not share the lock.
+            for left in folder.glob(f"{LOCK_NAME}.*") if name == LOCK_NAME else ():
+                _remove(left)
             _remove(folder / name)
         os.close(handle)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from picture3d.errors import DataError
+from picture3d.errors import ConfigError, DataError
 from picture3d.files import (
     LOCK_NAME,
     append_line,
+    job_share,
     read_bounded,
     read_json_object,
     replacing,
@@ -106,14 +107,15 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from picture3d.files import sole_writer
-with sole_writer(Path(sys.argv[1])):
+share = tuple(map(int, sys.argv[2:])) or (0, 1)
+with sole_writer(Path(sys.argv[1]), share=share):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
-def holder(folder: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+def holder(folder: Path, *share: int) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), *map(str, share)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
@@ -142,6 +144,54 @@ def test_a_lock_ends_with_its_holder_and_leaves_nothing(tmp_path):
     with sole_writer(tmp_path / "out"):
         assert str(os.getpid()) in (tmp_path / "out" / LOCK_NAME).read_text()
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_processes_of_one_job_write_side_by_side_and_no_second_job(tmp_path):
+    folder = tmp_path / "out"
+    first = holder(folder, 0, 3)
+    try:
+        with sole_writer(folder, share=(1, 3)):
+            assert sorted(path.name for path in folder.iterdir()) == [LOCK_NAME, f"{LOCK_NAME}.0", f"{LOCK_NAME}.1"]
+        for other in ((0, 1), (0, 3), (1, 2)):  # one alone, the same part again, a job of another size
+            with (
+                pytest.raises(DataError, match=rf"another process writes here: process {first.pid} on"),
+                sole_writer(folder, share=other),
+            ):
+                pytest.fail("two writers")
+    finally:
+        first.kill()
+        first.wait()
+    with sole_writer(folder, share=(1, 2)):  # the dead are no hindrance
+        pass
+    with sole_writer(folder):
+        pass
+    assert list(folder.iterdir()) == [], "that of the rank that was killed is gone too"
+
+
+def test_a_process_alone_keeps_the_parts_of_a_job_out(tmp_path):
+    process = holder(tmp_path)
+    try:
+        with pytest.raises(DataError, match="another process writes here"), sole_writer(tmp_path, share=(1, 2)):
+            pytest.fail("two writers")
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("environment", "share"),
+    [({}, (0, 1)), ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)), ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1))],
+)
+def test_the_environment_says_which_part_of_a_job_a_process_has(environment, share):
+    assert job_share(environment) == share
+
+
+@pytest.mark.parametrize(
+    "environment", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "-1", "WORLD_SIZE": "2"}]
+)
+def test_an_environment_that_names_no_part_is_refused(environment):
+    with pytest.raises(ConfigError, match="RANK"):
+        job_share(environment)
 
 
 def test_the_same_process_may_ask_again(tmp_path):

@@ -1,0 +1,130 @@
+"""`prepare`, `targets` and `pretrain` in several processes of one job: the same files as one process makes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from picture3d.commands.data import prepare_points, targets
+from picture3d.recipes.catalogue import pretraining_recipe, tiny
+from picture3d.training.runlog import RunFolder
+
+LOGS, SWEEPS = 5, 2
+
+
+def made_points(root: Path) -> Path:
+    for log in range(LOGS):
+        (root / f"log-{log}").mkdir(parents=True)
+        for sweep in range(SWEEPS):
+            rng = np.random.default_rng([log, sweep])
+            xyz = rng.uniform([-20, -20, -1], [20, 20, 2], (400, 3))
+            np.save(root / f"log-{log}" / f"{sweep}.npy", np.column_stack([xyz, rng.random(400)]).astype(np.float32))
+    return root
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def prepare(raw: Path, out: Path) -> str:
+    return prepare_points(
+        raw, out, layout="x,y,z,intensity", intensity="0-1", labels=None, label_set=None, poses=None, val=1, name="points"
+    )
+
+
+def compute_targets(prepared: Path) -> str:
+    return targets(prepared, teacher="handcrafted", weights=None, superclasses=4, seed=0, device="cpu", threads=0)
+
+
+def command(*words: str | Path) -> list[str]:
+    return [*map(str, words)]
+
+
+def run_all(commands: list[list[str]], environments: list[dict[str, str]]) -> None:
+    """Starts all at once; every one has to succeed."""
+    base = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(words, env={**base, **extra}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for words, extra in zip(commands, environments, strict=True)
+    ]
+    said = [process.communicate(timeout=150)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(said)[-4000:]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_the_parts_of_a_job_add_up_to_the_files_of_one_process_in_any_order(tmp_path, monkeypatch, order):
+    raw = made_points(tmp_path / "raw")
+    prepare(raw, tmp_path / "one")
+    compute_targets(tmp_path / "one")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for step in (lambda: prepare(raw, tmp_path / "parts"), lambda: compute_targets(tmp_path / "parts")):
+        for rank in order:
+            monkeypatch.setenv("RANK", str(rank))
+            said = step()
+            if rank != order[-1] and not (tmp_path / "parts" / "targets").exists():
+                assert not (tmp_path / "parts" / "dataset.json").exists(), "unfinished until the last part is there"
+            assert f"({len(range(rank, LOGS, 3))} made now)" in said
+    assert contents(tmp_path / "parts") == contents(tmp_path / "one")
+
+
+def test_processes_side_by_side_leave_the_files_of_one_and_no_lock(tmp_path):
+    raw = made_points(tmp_path / "raw")
+    prepare(raw, tmp_path / "one")
+    words = command(sys.executable, "-m", "picture3d.cli", "prepare", "points", raw, tmp_path / "two", "--intensity", "0-1")
+    run_all([[*words, "--val", "1"]] * 2, [{"RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)])
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.long
+def test_two_nodes_of_two_processes_prepare_store_targets_and_train_as_one_process_does(tmp_path):
+    raw = made_points(tmp_path / "raw")
+    prepare(raw, tmp_path / "one")
+    compute_targets(tmp_path / "one")
+
+    def on_two_nodes(*words: str | Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launch = command(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2")
+        launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        nodes = [[*launch, "--node-rank", str(node), "-m", "picture3d.cli", *command(*words)] for node in range(2)]
+        run_all(nodes, [{}, {}])
+
+    two = tmp_path / "two"
+    on_two_nodes("prepare", "points", raw, two, "--intensity", "0-1", "--val", "1")
+    on_two_nodes("targets", two, "--teacher", "handcrafted", "--superclasses", "4", "--device", "cpu")
+    assert contents(two) == contents(tmp_path / "one")
+
+    config = tiny(pretraining_recipe("town-handcrafted", two))
+    config = config.model_copy(update={"mask": config.mask.model_copy(update={"kind": "random"})})
+    for name, root, size in (("one", tmp_path / "one", 4), ("two", two, 1)):
+        data = config.data.model_copy(update={"root": root})
+        training = config.training.model_copy(update={"batch_size": size, "max_steps": 3})
+        config.model_copy(update={"data": data, "training": training}).save(tmp_path / f"{name}.json")
+    pretrain = ("--device", "cpu")
+    run_all(
+        [
+            command(
+                sys.executable,
+                "-m",
+                "picture3d.cli",
+                "pretrain",
+                tmp_path / "run-one",
+                "--config",
+                tmp_path / "one.json",
+                *pretrain,
+            )
+        ],
+        [{}],
+    )
+    on_two_nodes("pretrain", tmp_path / "run-two", "--config", tmp_path / "two.json", *pretrain)
+    one, four = (list(RunFolder(tmp_path / f"run-{name}").metrics()) for name in ("one", "two"))
+    assert len(one) == len(four) == 3
+    for alone, together in zip(one, four, strict=True):
+        assert together["losses"]["total"] == pytest.approx(alone["losses"]["total"], rel=1e-4)
