@@ -176,7 +176,9 @@ class ObjectDatabase:
             except FileNotFoundError:
                 raise DataError(f"{self.path}: no such database. Make it with `picture3d data objects PREPARED`.") from None
             except OSError as error:
-                raise DataError(f"{self.path}: cannot be read ({error.strerror or error}).") from error
+                raise DataError(
+                    f"{self.path}: cannot be read ({error.strerror or error}). Look at its permissions and the disk."
+                ) from error
             self._columns = _map_columns(self.path, told)
         else:
             name = self.path.name
@@ -269,7 +271,7 @@ def _map_columns(path: Path, told: _Description) -> dict[str, Any]:
                 else np.memmap(path, place.dtype, "r", place.offset, place.shape).view(np.ndarray)
             )
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}). Look at its permissions and the disk.") from error
     return columns
 
 

@@ -141,7 +141,7 @@ def decode(data: bytes | memoryview, codec: Codec, dtype: str, shape: tuple[int,
             return _from_grid_steps(_from_planes(_inflate(data, size), "<u4", shape), codec.step)
         case CodecKind.TABLE:
             if dtype != "<f4":
-                raise DataError(f"codec {codec} holds <f4, not {dtype}")
+                raise DataError(f"codec {codec} holds <f4, not {dtype}; the record is damaged")
             return _from_table(memoryview(data), shape)
 
 
@@ -263,10 +263,10 @@ def _from_grid_steps(zigzag: NDArray[np.generic], step: float) -> NDArray[np.flo
 
 def _to_table(column: NDArray[np.generic], level: int) -> bytes:
     if column.dtype != np.float32:
-        raise DataError(f"codec zlib-table stores float32, not {column.dtype}")
+        raise DataError(f"codec zlib-table stores float32, not {column.dtype}; take zlib-planes")
     values, place = np.unique(column.reshape(-1).view(np.uint32), return_inverse=True)
     if len(values) > 1 << 16:
-        raise DataError(f"codec zlib-table holds at most {1 << 16} different values, not {len(values)}")
+        raise DataError(f"codec zlib-table holds at most {1 << 16} different values, not {len(values)}; take zlib-planes")
     planes = _to_planes(place.astype("|u1" if len(values) <= 256 else "<u2"))
     return _TABLE_HEAD.pack(len(values)) + values.astype("<u4").tobytes() + _deflate(planes, level)
 
@@ -274,11 +274,11 @@ def _to_table(column: NDArray[np.generic], level: int) -> bytes:
 def _from_table(data: memoryview, shape: tuple[int, ...]) -> NDArray[np.float32]:
     rows = math.prod(shape)
     if len(data) < _TABLE_HEAD.size:
-        raise DataError(f"holds {len(data)} bytes, too few for a table of values")
+        raise DataError(f"holds {len(data)} bytes, too few for a table of values; it is cut off")
     (count,) = _TABLE_HEAD.unpack(data[: _TABLE_HEAD.size])
     begin = _TABLE_HEAD.size + 4 * count
     if count > 1 << 16 or begin > len(data) or (rows > 0) > (count > 0):
-        raise DataError(f"claims a table of {count} values in {len(data)} bytes")
+        raise DataError(f"claims a table of {count} values in {len(data)} bytes; it is damaged")
     values = np.frombuffer(data[_TABLE_HEAD.size : begin], "<f4")
     if rows == 0:
         _inflate(data[begin:], 0)
@@ -293,5 +293,5 @@ def _from_table(data: memoryview, shape: tuple[int, ...]) -> NDArray[np.float32]
         np.left_shift(planes[1], 8, out=places, dtype=np.intp)
         np.bitwise_or(places, planes[0], out=places)
     if rows and int(places.max()) >= count:
-        raise DataError(f"names value {int(places.max())} of a table of {count}")
+        raise DataError(f"names value {int(places.max())} of a table of {count}; it is damaged")
     return values.take(places).reshape(shape)

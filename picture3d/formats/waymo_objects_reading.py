@@ -88,6 +88,32 @@ class ObjectsFile:
             self._data.madvise(mmap.MADV_DONTNEED)
 
 
+class _Field(NamedTuple):
+    """Where the value of a field goes, and what it may be."""
+
+    column: str  # of `_Columns`
+    wire_type: int
+    bound: int | None = None  # of a whole number: from -bound to bound - 1
+
+
+# Fields by their number, of an object and of the label in it (messages: the label is field 1, its box is field 1 of that).
+_OF_OBJECT = {
+    2: _Field("score", wire.FIXED32),
+    3: _Field("overlaps", wire.VARINT),
+    4: _Field("context", wire.LENGTH),
+    5: _Field("timestamp", wire.VARINT),
+    6: _Field("camera", wire.VARINT, 128),
+}
+_OF_LABEL = {
+    3: _Field("kind", wire.VARINT, 128),
+    4: _Field("track_id", wire.LENGTH),
+    5: _Field("difficulty", wire.VARINT, 128),
+    7: _Field("points", wire.VARINT, _COUNT_BOUND),
+}
+_ALL = (*_OF_OBJECT.values(), *_OF_LABEL.values())
+_MESSAGE = 1  # number of the label in an object, and of the box in a label
+
+
 class _Spans(NamedTuple):
     """Where N objects lie in a file."""
 
@@ -102,10 +128,8 @@ class _Columns:
     def __init__(self, count: int) -> None:
         self.box = np.zeros((count, 7))
         self.score = np.ones(count, np.float32)
-        self.integers = {name: np.zeros(count, np.int64) for name in ("kind", "timestamp", "camera", "points", "difficulty")}
-        self.overlaps = np.zeros(count, np.bool_)
-        self.context = [""] * count
-        self.track_id = [""] * count
+        self.integers = {field.column: np.zeros(count, np.int64) for field in _ALL if field.wire_type == wire.VARINT}
+        self.texts = {field.column: [""] * count for field in _ALL if field.wire_type == wire.LENGTH}
         self.odd = np.zeros(count, np.bool_)
 
     def objects(self) -> WaymoObjects:
@@ -114,40 +138,31 @@ class _Columns:
             box=self.box,
             kind=self.integers["kind"].astype(np.int8),
             score=self.score,
-            context=tuple(self.context),
+            context=tuple(self.texts["context"]),
             timestamp=self.integers["timestamp"],
             camera=self.integers["camera"].astype(np.int8),
             num_points=self.integers["points"].astype(np.int32),
             difficulty=self.integers["difficulty"].astype(np.int8),
-            overlaps_no_label_zone=self.overlaps,
-            track_id=tuple(self.track_id),
+            overlaps_no_label_zone=self.integers["overlaps"] != 0,
+            track_id=tuple(self.texts["track_id"]),
         )
 
     def read(self, raw: NDArray[np.uint8], begin: Int64Array, end: Int64Array) -> None:
         """Fills in the objects ``raw[begin:end]``."""
         labelled = np.zeros(len(begin), np.bool_)
         for part in field_columns(raw, begin, end, self.odd):
-            label, found = self._chosen(part, 1, wire.LENGTH)
+            label, found = self._chosen(part, _MESSAGE, wire.LENGTH)
             labelled[found] = True
             self._read_labels(raw, label)
-            score, found = self._chosen(part, 2, wire.FIXED32)
-            self.score[found] = floats(raw, score.start)
-            overlaps, found = self._chosen(part, 3, wire.VARINT)
-            self.overlaps[found] = overlaps.value != 0
-            self._texts(raw, self._chosen(part, 4, wire.LENGTH)[0], self.context)
-            self._integer(part, 5, "timestamp", None)
-            self._integer(part, 6, "camera", 128)
+            self._fill(raw, part, _OF_OBJECT)
         self.odd |= ~labelled
 
     def _read_labels(self, raw: NDArray[np.uint8], label: FieldColumns) -> None:
         damaged = np.zeros(len(label.row), np.bool_)
         for inner in field_columns(raw, label.start, label.stop, damaged):
             part = inner._replace(row=label.row[inner.row])
-            self._read_boxes(raw, self._chosen(part, 1, wire.LENGTH)[0])
-            self._integer(part, 3, "kind", 128)
-            self._texts(raw, self._chosen(part, 4, wire.LENGTH)[0], self.track_id)
-            self._integer(part, 5, "difficulty", 128)
-            self._integer(part, 7, "points", _COUNT_BOUND)
+            self._read_boxes(raw, self._chosen(part, _MESSAGE, wire.LENGTH)[0])
+            self._fill(raw, part, _OF_LABEL)
         self.odd[label.row[damaged]] = True
 
     def _read_boxes(self, raw: NDArray[np.uint8], box: FieldColumns) -> None:
@@ -168,11 +183,18 @@ class _Columns:
         chosen = part.select(mine & (part.wire_type == wire_type))
         return chosen, chosen.row
 
-    def _integer(self, part: FieldColumns, number: int, name: str, bound: int | None) -> None:
-        found, row = self._chosen(part, number, wire.VARINT)
-        self.integers[name][row] = found.value
-        if bound is not None:
-            self.odd[row[(found.value < -bound) | (found.value >= bound)]] = True
+    def _fill(self, raw: NDArray[np.uint8], part: FieldColumns, known: dict[int, _Field]) -> None:
+        for number, field in known.items():
+            found, row = self._chosen(part, number, field.wire_type)
+            match field.wire_type:
+                case wire.FIXED32:
+                    self.score[row] = floats(raw, found.start)
+                case wire.LENGTH:
+                    self._texts(raw, found, self.texts[field.column])
+                case _:
+                    self.integers[field.column][row] = found.value
+                    if field.bound is not None:
+                        self.odd[row[(found.value < -field.bound) | (found.value >= field.bound)]] = True
 
     def _texts(self, raw: NDArray[np.uint8], part: FieldColumns, column: list[str]) -> None:
         """Texts of R fields; neighbours with the same text share it."""
@@ -187,53 +209,43 @@ class _Columns:
                     continue
             column[row] = text
 
-    def read_one(self, reader: wire.Reader, field: wire.Field, row: int) -> None:
+    def read_one(self, reader: wire.Reader, message: wire.Field, row: int) -> None:
         """Fills in one object.
 
         Raises:
             DataError: naming the byte, if it is damaged.
         """
         labelled = False
-        for part in reader.message(field):
-            match part.number:
-                case 1:
-                    labelled = True
-                    self._read_one_label(reader, part, row)
-                case 2:
-                    self.score[row] = reader.float(part)
-                case 3:
-                    self.overlaps[row] = bool(reader.unsigned(part))
-                case 4:
-                    self.context[row] = reader.text(part)
-                case 5:
-                    self.integers["timestamp"][row] = reader.signed(part)
-                case 6:
-                    self.integers["camera"][row] = _small(reader, part, 128)
+        for part in reader.message(message):
+            if part.number == _MESSAGE:
+                labelled = True
+                for inner in reader.message(part):
+                    if inner.number == _MESSAGE:
+                        self._read_one_box(reader, inner, row)
+                    elif inner.number in _OF_LABEL:
+                        self._fill_one(reader, inner, _OF_LABEL[inner.number], row)
+            elif part.number in _OF_OBJECT:
+                self._fill_one(reader, part, _OF_OBJECT[part.number], row)
         if not labelled:
-            raise DataError(f"{reader.where}: the object at byte {field.start} has no label; is this an Objects file?")
+            raise DataError(f"{reader.where}: the object at byte {message.start} has no label; is this an Objects file?")
 
-    def _read_one_label(self, reader: wire.Reader, label: wire.Field, row: int) -> None:
-        for part in reader.message(label):
-            match part.number:
-                case 1:
-                    for value in reader.message(part):
-                        if value.number in BOX_COLUMN:
-                            self.box[row, BOX_COLUMN[value.number]] = reader.double(value)
-                case 3:
-                    self.integers["kind"][row] = _small(reader, part, 128)
-                case 4:
-                    self.track_id[row] = reader.text(part)
-                case 5:
-                    self.integers["difficulty"][row] = _small(reader, part, 128)
-                case 7:
-                    self.integers["points"][row] = _small(reader, part, _COUNT_BOUND)
+    def _read_one_box(self, reader: wire.Reader, box: wire.Field, row: int) -> None:
+        for value in reader.message(box):
+            if value.number in BOX_COLUMN:
+                self.box[row, BOX_COLUMN[value.number]] = reader.double(value)
 
-
-def _small(reader: wire.Reader, field: wire.Field, bound: int) -> int:
-    value = reader.signed(field)
-    if not -bound <= value < bound:
-        raise DataError(f"{reader.where}: field {field.number} at byte {field.start} holds {value}; the file is damaged")
-    return value
+    def _fill_one(self, reader: wire.Reader, part: wire.Field, field: _Field, row: int) -> None:
+        match field.wire_type:
+            case wire.FIXED32:
+                self.score[row] = reader.float(part)
+            case wire.LENGTH:
+                self.texts[field.column][row] = reader.text(part)
+            case _:
+                value = reader.signed(part)
+                if field.bound is not None and not -field.bound <= value < field.bound:
+                    place = f"{reader.where}: field {part.number} at byte {part.start}"
+                    raise DataError(f"{place} holds {value}; the file is damaged")
+                self.integers[field.column][row] = value
 
 
 def _mapped(path: Path) -> bytes | mmap.mmap:
