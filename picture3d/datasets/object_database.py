@@ -36,6 +36,7 @@ HEAD = struct.Struct("<8sIIII")  # magic, version, length of the description, it
 _MAX_DESCRIPTION = 1 << 26
 _ALIGNMENT = 64
 UNITS = tuple(IntensityUnit)
+_LOOK = "Look at its permissions and the disk."
 _MEND = "The file is damaged: delete it and run `picture3d data objects` again."
 
 # One row per object; the columns of points are those of `object_parts.POINT_COLUMNS`, one row per point.
@@ -271,7 +272,7 @@ def _map_columns(path: Path, told: _Description) -> dict[str, Any]:
                 else np.memmap(path, place.dtype, "r", place.offset, place.shape).view(np.ndarray)
             )
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}). Look at its permissions and the disk.") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}). {_LOOK}") from error
     return columns
 
 

@@ -131,7 +131,7 @@ def decode(data: bytes | memoryview, codec: Codec, dtype: str, shape: tuple[int,
     match codec.kind:
         case CodecKind.RAW:
             if len(data) != size:
-                raise DataError(f"holds {len(data)} bytes, {dtype} of shape {shape} needs {size}")
+                raise DataError(f"holds {len(data)} bytes, {dtype} of shape {shape} needs {size}; it is damaged")
             return np.frombuffer(bytearray(data), dtype).reshape(shape)
         case CodecKind.PLANES:
             return _from_planes(_inflate(data, size), dtype, shape)
@@ -179,7 +179,7 @@ _scratch = _Scratch()
 def _inflate(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
     """(size,) uint8, overwritten by the next call of this thread."""
     if size > _MAX_INFLATION * len(data) + 64:
-        raise DataError(f"claims {size} bytes in {len(data)} compressed ones, which zlib cannot hold")
+        raise DataError(f"claims {size} bytes in {len(data)} compressed ones, which zlib cannot hold; it is damaged")
     out = _scratch.inflated
     if len(out) < size:
         out = np.empty(size, np.uint8)
@@ -197,9 +197,9 @@ def _inflate(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
             out[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
             done += len(piece)
     except zlib.error as error:
-        raise DataError(f"is not a zlib stream ({error})") from None
+        raise DataError(f"is not a zlib stream ({error}); it is damaged") from None
     if done != size or not inflator.eof or inflator.unused_data:
-        raise DataError(f"inflates to something else than the {size} bytes it should hold")
+        raise DataError(f"inflates to something else than the {size} bytes it should hold; it is damaged")
     return out[:size]
 
 
