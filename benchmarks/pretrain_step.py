@@ -126,10 +126,10 @@ def one(form: str, args: argparse.Namespace) -> dict[str, Any]:
 
     held_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     losses = step()
-    with FlopCounterMode(display=False) as counter:
-        operations.clear()
+    counter = FlopCounterMode(display=False)
+    with counter:
         step()
-        total_operations = counter.get_total_flops()
+    total_operations = counter.get_total_flops()
     counter = None
     best: dict[str, float] = {}
     for _ in range(args.steps):
@@ -182,8 +182,14 @@ def main() -> None:
         for name in ("processor", *PARTS):
             seconds, operations = result["seconds"][name], result["operations"].get(name, 0)
             share = f"{operations / seconds / result['rate']:5.0%} of the matrix-product rate" if operations else ""
-            print(f"  {'whole step' if name == 'processor' else name:>10}: {seconds:8.3f} s, {operations / 1e9:7.1f} GFLOP {share}")
-        print(f"  on the clock {result['seconds']['clock']:.3f} s, {result['rate'] / 1e9:.0f} GFLOP/s, {result['peak_mib']:.0f} MiB")
+            print(
+                f"  {'whole step' if name == 'processor' else name:>10}: {seconds:8.3f} s, "
+                f"{operations / 1e9:7.1f} GFLOP {share}"
+            )
+        print(
+            f"  on the clock {result['seconds']['clock']:.3f} s, "
+            f"{result['rate'] / 1e9:.0f} GFLOP/s, {result['peak_mib']:.0f} MiB"
+        )
     padded, ours = found["padded"], found["bucketed"]
     print(
         f"quotients: processor {padded['seconds']['processor'] / ours['seconds']['processor']:.2f}, "

@@ -29,6 +29,7 @@ from picture3d.errors import ConfigError
 from picture3d.models.dsvt_config import DsvtConfig, Triple
 from picture3d.models.row_norm import RowBatchNorm, fold_row_norm
 from picture3d.ops.attention import AttentionWeights, pooling_attention, set_attention
+from picture3d.ops.feed_forward import gelu_linear
 from picture3d.ops.scatter import exchange_rows, gather_rows, select_unique_rows
 from picture3d.ops.sets import (
     PlacedRuns,
@@ -265,7 +266,7 @@ class _AttentionAndFeedForward(nn.Module):
     def forward(self, x: Tensor, position: Tensor, sets: SetLayout | PlacedRuns, axis: int) -> Tensor:
         attended = set_attention(x + position, x, sets, axis, self.self_attn.weights())
         hidden = self.norm1(x + attended)
-        return self.norm2(hidden + self.linear2(F.gelu(self.linear1(hidden))))
+        return self.norm2(hidden + gelu_linear(self.linear1(hidden), self.linear2.weight, self.linear2.bias))
 
 
 class _AttentionParameters(nn.Module):

@@ -136,11 +136,10 @@ class _RunAttention(Function):
             qkv[2].copy_(v[rows].view(sets, length, heads, width).transpose(1, 2))
             query, key, values = qkv.view(3, sets * heads, length, width)
             query.mul_(width**-0.5)
-            scores = _at_least_float32(torch.bmm(query, key.mT))
-            share = torch.softmax(scores, -1).to(v.dtype)
+            share = _shares(query, key)
             mixed = torch.bmm(share, values).view(sets, heads, length, width)
             out[rows].view(sets, length, heads, width).copy_(mixed.transpose(1, 2))
-            saved += [qkv, share]
+            saved.append(qkv)
         ctx.save_for_backward(*saved)
         ctx.blocks, ctx.heads = blocks, heads
         return out
@@ -152,11 +151,12 @@ class _RunAttention(Function):
         heads, channels = ctx.heads, grad.shape[1]
         width = channels // heads
         grad_qk, grad_v = grad.new_empty(len(grad), 2 * channels), torch.empty_like(grad)
-        saved, start = ctx.saved_tensors, 0
-        for (sets, length), qkv, share in zip(ctx.blocks, saved[::2], saved[1::2], strict=True):
+        start = 0
+        for (sets, length), qkv in zip(ctx.blocks, ctx.saved_tensors, strict=True):
             rows = slice(start, start + sets * length)
             start += sets * length
             query, key, values = qkv.view(3, sets * heads, length, width)
+            share = _shares(query, key)  # computing them again costs little, keeping them as much as keys and values
             wanted = grad[rows].view(sets, length, heads, width).transpose(1, 2).reshape(sets * heads, length, width)
             grad_values = torch.bmm(share.mT, wanted)
             grad_share = torch.bmm(wanted, values.mT)
@@ -171,6 +171,11 @@ class _RunAttention(Function):
                 places[:, :, part].copy_(values_of_part.view(sets, heads, length, width).transpose(1, 2))
             grad_v[rows].view(sets, length, heads, width).copy_(grad_values.view(sets, heads, length, width).transpose(1, 2))
         return grad_qk, grad_v, None, None
+
+
+def _shares(query: Tensor, key: Tensor) -> Tensor:
+    """(B, L, L) attention of scaled queries (B, L, w) over keys (B, L, w)."""
+    return torch.softmax(_at_least_float32(torch.bmm(query, key.mT)), -1).to(query.dtype)
 
 
 def pooling_attention(
