@@ -2,8 +2,8 @@
 
     python benchmarks/gpicture_step.py PREPARED [--steps 15] [--threads 1]
 
-Steps of the two take turns, so that other work on the machine falls on both. Given are the process's own CPU seconds and those of
-the clock; the teacher looks at the sweeps beforehand. The gate's looks are in it, one in `gate.interval` steps.
+Steps of the two take turns, so that other work on the machine falls on both. Given are the process's own CPU seconds and
+those of the clock; the teacher looks at the sweeps beforehand. The gate's looks are in it, one in `gate.interval` steps.
 """
 
 from __future__ import annotations
