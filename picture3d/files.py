@@ -22,17 +22,17 @@ _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+(.*)$", re.DOTALL)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, mark: str = "") -> Iterator[Path]:
     """Yields a temporary name beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
-    The temporary name is ``<path>.partial``; a left-over of a killed run is overwritten, an error removes it and leaves what
+    The temporary name is ``<path><mark>.partial``; a left-over of a killed run is overwritten, an error removes it and leaves what
     stood at `path` before. The data and the folder are synced, so after the block the file survives a power cut.
 
     Raises:
         DataError: if the folder cannot be written or the disk is full.
     """
     refuse_url(path)
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    partial = path.with_name(path.name + mark + PARTIAL_SUFFIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -65,7 +65,9 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DataError: if the file cannot be written.
     """
-    with whole_file(path) as file:
+    rank, world = job_share()
+    # The processes of a job may write the same small file at the same moment, each under a temporary name of its own.
+    with replacing(path, "" if world == 1 else f".{rank}") as partial, partial.open("wb") as file:
         file.write(text.encode())
 
 

@@ -54,7 +54,7 @@ def run_all(commands: list[list[str]], environments: list[dict[str, str]]) -> No
         for words, extra in zip(commands, environments, strict=True)
     ]
     said = [process.communicate(timeout=150)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(said)[-4000:]
+    assert all(process.returncode == 0 for process in processes), "\n".join(text[:3000] for text in said)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
@@ -115,6 +115,7 @@ def test_two_nodes_of_two_processes_prepare_store_targets_and_train_as_one_proce
                 "-m",
                 "picture3d.cli",
                 "pretrain",
+                "--out",
                 tmp_path / "run-one",
                 "--config",
                 tmp_path / "one.json",
@@ -123,7 +124,7 @@ def test_two_nodes_of_two_processes_prepare_store_targets_and_train_as_one_proce
         ],
         [{}],
     )
-    on_two_nodes("pretrain", tmp_path / "run-two", "--config", tmp_path / "two.json", *pretrain)
+    on_two_nodes("pretrain", "--out", tmp_path / "run-two", "--config", tmp_path / "two.json", *pretrain)
     one, four = (list(RunFolder(tmp_path / f"run-{name}").metrics()) for name in ("one", "two"))
     assert len(one) == len(four) == 3
     for alone, together in zip(one, four, strict=True):
