@@ -25,8 +25,8 @@ _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+(.*)$", re.DOTALL)
 def replacing(path: Path, mark: str = "") -> Iterator[Path]:
     """Yields a temporary name beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
-    The temporary name is ``<path><mark>.partial``; a left-over of a killed run is overwritten, an error removes it and leaves what
-    stood at `path` before. The data and the folder are synced, so after the block the file survives a power cut.
+    The temporary name is ``<path><mark>.partial``; a left-over of a killed run is overwritten, an error removes it and leaves
+    what stood at `path` before. The data and the folder are synced, so after the block the file survives a power cut.
 
     Raises:
         DataError: if the folder cannot be written or the disk is full.
