@@ -224,5 +224,5 @@ def joined_team(device: torch.device, *, timeout_s: float | None = None, place: 
 
 def _is_broken_collective(error: RuntimeError) -> bool:
     text = str(error).lower()
-    signs = ("gloo", "nccl", "connection closed", "connection reset", "timed out waiting", "broken pipe")
+    signs = ("gloo", "nccl", "connection closed", "connection reset", "timed out waiting", "pair closure", "broken pipe")
     return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
