@@ -31,6 +31,16 @@ score_app = typer.Typer(no_args_is_help=True, help="Score prediction files of an
 app.add_typer(score_app, name="score")
 
 
+class TargetCodec(StrEnum):
+    """How features are stored."""
+
+    AUTO = "auto"
+    PCA = "pca"
+    PRODUCT = "product"
+    INT8 = "int8"
+    FLOAT16 = "float16"
+
+
 class TeacherName(StrEnum):
     """Teachers by name; ema lives within pre-training only, and whoever asks for it here is told so."""
 
@@ -325,6 +335,9 @@ def targets(
     ] = None,
     superclasses: Annotated[int, typer.Option(min=1, max=255, help="Superclasses per sweep (k of k-means).")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
+    codec: Annotated[
+        TargetCodec, typer.Option(help="How features are stored; auto: the smallest that keeps a mean cosine of 0.995.")
+    ] = TargetCodec.AUTO,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -338,6 +351,7 @@ def targets(
             weights=weights,
             superclasses=superclasses,
             seed=seed,
+            codec=codec.value,
             device=device,
             threads=threads,
         )

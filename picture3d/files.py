@@ -93,6 +93,26 @@ def write_json(path: Path, tree: Any) -> None:
     write_text(path, json.dumps(tree, indent=2, allow_nan=False) + "\n")
 
 
+def write_json_first(path: Path, tree: Any) -> None:
+    """As :func:`write_json`, but what another process put there in the meantime stays: read the file to see who was first.
+
+    Raises:
+        DataError: if the file cannot be written.
+    """
+    own = path.with_name(f"{path.name}.{job_share()[0]}{PARTIAL_SUFFIX}")
+    write_json(own, tree)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a disk without links
+        if not path.exists():
+            os.replace(own, path)
+    finally:
+        _remove(own)
+    _sync_folder(path.parent)
+
+
 def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
     """The JSON object in `path`.
 

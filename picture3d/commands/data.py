@@ -126,7 +126,15 @@ def prepare_points(
 
 
 def targets(
-    prepared: Path, *, teacher: str, weights: Path | None, superclasses: int, seed: int, device: str, threads: int
+    prepared: Path,
+    *,
+    teacher: str,
+    weights: Path | None,
+    superclasses: int,
+    seed: int,
+    device: str,
+    threads: int,
+    codec: str = "auto",
 ) -> str:
     """Runs a teacher over the keyframes; returns what to tell the user."""
     from picture3d.commands.build import build_teacher
@@ -140,10 +148,13 @@ def targets(
     dataset = PreparedDataset(prepared)
     network = build_teacher(teacher, weights, machine)
     with sole_writer(store_folder(prepared, network.name), share=share), Progress("targets") as progress:
-        summary = compute_targets(dataset, network, num_superclasses=superclasses, seed=seed, progress=progress, share=share)
+        summary = compute_targets(
+            dataset, network, num_superclasses=superclasses, seed=seed, codec=codec, progress=progress, share=share
+        )
     return (
         f"{summary.folder}: {summary.logs} logs ({summary.logs_made} made now), {summary.frames} keyframes, "
-        f"{summary.cells:,} cells, {summary.bytes / 1e6:.1f} MB; teacher '{network.name}', {network.dimension} columns, "
+        f"{summary.cells:,} cells, {summary.bytes / 1e6:.1f} MB, "
+        f"mean cosine {summary.mean_cosine:.4f}; teacher '{network.name}', {network.dimension} columns, "
         f"licence: {network.licence}"
     )
 

@@ -12,7 +12,7 @@ import json
 import math
 import threading
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,17 +22,19 @@ import torch
 from numpy.typing import NDArray
 
 from picture3d.errors import DataError
-from picture3d.files import parse_json_object, write_json
+from picture3d.files import parse_json_object, write_json, write_json_first
 from picture3d.formats.framed_file import FramedFile
 from picture3d.formats.remote import MissingObject, read_beside, remote_folder
 from picture3d.ops.quantize import Quantisation, continuous_cells, quantise_points
 from picture3d.structures.frame import Frame
 from picture3d.structures.targets import FrameTargets
+from picture3d.teachers.feature_basis import FeatureBasis, basis_of_tree, basis_tree
+from picture3d.teachers.feature_codecs import FeatureCodec
 from picture3d.teachers.protocol import Teacher
 from picture3d.teachers.target_file import FORMAT_VERSION, KIND, TargetEntry, TargetFile
 
 _FORMAT = "picture3d-targets"
-_MAX_JSON_BYTES = 1 << 20
+_MAX_JSON_BYTES = 1 << 25  # a basis of 2048 x 2048 numbers fits
 _MAX_LIST_BYTES = 1 << 28
 _LIST_NAME = "files.json"
 _OPEN_FILES = 32
@@ -51,6 +53,7 @@ class StoreSettings:
     num_superclasses: int
     seed: int  # of the clustering
     codec: str  # "auto", or the name of a `FeatureCodec`
+    basis: FeatureBasis | None = field(default=None, compare=False)  # what was fitted for the codec
 
     @staticmethod
     def of(teacher: Teacher, *, num_superclasses: int, seed: int, codec: str) -> StoreSettings:
@@ -85,8 +88,8 @@ class StoreSettings:
                 f"version {FORMAT_VERSION}. Remove the folder and run `picture3d targets` again."
             )
         try:
-            cells = tree["quantisation"]
-            return StoreSettings(
+            cells, basis = tree["quantisation"], tree.get("basis")
+            settings = StoreSettings(
                 name=str(tree["name"]),
                 dimension=int(tree["dimension"]),
                 licence=str(tree["licence"]),
@@ -95,13 +98,20 @@ class StoreSettings:
                 num_superclasses=int(tree["num_superclasses"]),
                 seed=int(tree["seed"]),
                 codec=str(tree["codec"]),
+                basis=None if basis is None else basis_of_tree(basis),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: lacks or garbles {error}. Remove the folder and run `picture3d targets` again.") from None
+        if settings.basis is None and settings.codec in (FeatureCodec.PCA, FeatureCodec.PRODUCT):
+            raise DataError(
+                f"{path}: lacks the basis that its codec '{settings.codec}' needs. Bring the file back as it was, or "
+                f"remove the folder and run `picture3d targets` again."
+            )
+        return settings
 
     def save(self, folder: Path) -> None:
-        """Writes `teacher.json`, whole or not at all."""
-        write_json(folder / "teacher.json", {"format": _FORMAT, "version": FORMAT_VERSION, **self._tree()})
+        """Writes `teacher.json`, whole or not at all, unless another process of the job did by now."""
+        write_json_first(folder / "teacher.json", {"format": _FORMAT, "version": FORMAT_VERSION, **self._tree()})
 
     @property
     def digest(self) -> str:
@@ -109,12 +119,14 @@ class StoreSettings:
         return f"{google_crc32c.value(json.dumps(self._tree(), sort_keys=True).encode()):08x}"
 
     def differences(self, other: Self) -> list[str]:
-        """Names of the settings that differ, with both values."""
-        mine, theirs = self._tree(), other._tree()
+        """Names of the settings that differ, with both values; a basis is not a setting but follows from them."""
+        mine, theirs = replace(self, basis=None)._tree(), replace(other, basis=None)._tree()
         return [f"{key} (there {mine[key]}, here {theirs[key]})" for key in mine if mine[key] != theirs[key]]
 
     def _tree(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
+        tree = {name: value for name, value in asdict(replace(self, basis=None)).items() if name != "basis"}
+        # Stores from before there was a basis keep their digest.
+        return json.loads(json.dumps(tree | ({} if self.basis is None else {"basis": basis_tree(self.basis)})))
 
 
 class FeatureStore:
@@ -210,7 +222,7 @@ class FeatureStore:
         return self._remote.open(path.name, f"{log}.{crc:08x}", size, open_file, TargetFile.check_bytes)
 
     def _own(self, path: Path, log: str) -> TargetFile:
-        file = TargetFile(path)
+        file = TargetFile(path, self.settings.basis)
         if file.log != log or file.settings_digest != self._digest or file.dimension != self.settings.dimension:
             raise DataError(
                 f"{path}: was made by another teacher or with other settings than teacher.json says. "

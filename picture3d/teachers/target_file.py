@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from picture3d.errors import DataError
 from picture3d.formats.framed_file import HEAD_BYTES, FramedFile, FramedKind, FramedWriter
-from picture3d.teachers.feature_codecs import FeatureCodec, decode_features, encoded_size
+from picture3d.teachers.feature_basis import FeatureBasis, basis_digest
+from picture3d.teachers.feature_codecs import FeatureCodec, codec_of, decode_features, encoded_size
 
 FORMAT_VERSION = 1
 KIND = FramedKind(
@@ -48,10 +49,14 @@ class TargetEntry:
 class TargetWriter(FramedWriter):
     """Writes the targets of one log; a context manager. The file takes its name when the block ends without an error."""
 
-    def __init__(self, path: Path, *, log: str, settings_digest: str, dimension: int) -> None:
+    def __init__(
+        self, path: Path, *, log: str, settings_digest: str, dimension: int, basis: FeatureBasis | None = None
+    ) -> None:
         super().__init__(path, KIND)
         self.entries: list[TargetEntry] = []
         self._header = {"log": log, "settings": settings_digest, "dimension": dimension}
+        if basis is not None:
+            self._header["basis"] = basis_digest(basis)
 
     def add(
         self,
@@ -91,20 +96,32 @@ class TargetWriter(FramedWriter):
 class TargetFile(FramedFile):
     """Reads the targets of one log. Safe to use from threads, after a fork and after being sent to another process."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, basis: FeatureBasis | None = None) -> None:
         """Opens the file and reads its index.
 
+        Args:
+            path: of the file.
+            basis: that of the store, where it has one.
+
         Raises:
-            DataError: if it is missing, not a file of targets, of another version, or damaged.
+            DataError: if it is missing, not a file of targets, of another version, damaged, or stored with another basis.
         """
         super().__init__(path, KIND)
+        self.basis = basis
         tree = self.index()
         try:
             self.log, self.settings_digest = str(tree["log"]), str(tree["settings"])
             self.dimension = int(tree["dimension"])
             entries = [_entry(row) for row in tree["frames"]]
+            stored_with = None if tree.get("basis") is None else str(tree["basis"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{self.path}: the index at byte {self.index_at} is garbled ({error}). {KIND.mend}") from None
+        found = None if basis is None else basis_digest(basis)
+        if stored_with != found:
+            raise DataError(
+                f"{self.path}: was stored with basis {stored_with or 'none'}, teacher.json holds {found or 'none'}. Bring the "
+                f"teacher.json back that the file was made with, or delete the file and run `picture3d targets` again."
+            )
         self.entries = {entry.frame: entry for entry in entries}
         if len(self.entries) != self.count or not all(self._plausible(entry) for entry in entries):
             raise DataError(f"{self.path}: the index at byte {self.index_at} contradicts itself. {KIND.mend}")
@@ -123,7 +140,7 @@ class TargetFile(FramedFile):
         place = f"{self.path}: frame {entry.frame}"
         block = self.read_at(entry.offset, entry.length, entry.crc32c, place)
         split = entry.length - entry.cells
-        return decode_features(block[:split], entry.codec, entry.cells, self.dimension), block[split:]
+        return decode_features(block[:split], entry.codec, entry.cells, self.dimension, self.basis), block[split:]
 
     def check_bytes(self) -> None:
         """Compares every block with its checksum, decoding nothing.
@@ -137,7 +154,9 @@ class TargetFile(FramedFile):
     def _plausible(self, entry: TargetEntry) -> bool:
         if not (0 <= entry.cells <= entry.points and 0 < self.dimension <= 1 << 16):
             return False
-        size = encoded_size(entry.codec, entry.cells, self.dimension) + entry.cells
+        if entry.codec.needs_basis and (self.basis is None or codec_of(self.basis) is not entry.codec):
+            return False
+        size = encoded_size(entry.codec, entry.cells, self.dimension, self.basis) + entry.cells
         inside = entry.offset >= HEAD_BYTES and entry.offset + entry.length <= self.size
         return inside and entry.length == size <= _MAX_BLOCK_BYTES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from picture3d.ops.kmeans import kmeans
 from picture3d.ops.quantize import quantise_points
 from picture3d.structures.frame import Frame
 from picture3d.structures.targets import FrameTargets
+from picture3d.teachers.feature_basis import MAX_FITTED_DIMENSION, BasisFit, FeatureBasis
 from picture3d.teachers.feature_codecs import FeatureCodec, encode_features, smallest_codec, stored_cosine
 from picture3d.teachers.protocol import Teacher
 from picture3d.teachers.store import (
@@ -35,6 +36,7 @@ from picture3d.teachers.target_file import TargetFile, TargetWriter
 
 MAX_SUPERCLASSES = 255  # a superclass is one byte
 CODECS = ("auto", *FeatureCodec)
+_FIT_FRAMES = 32  # on which a basis is fitted
 
 
 class FrameIndex(Protocol):
@@ -105,6 +107,17 @@ def view_frame(frame: Frame, teacher: Teacher, *, num_superclasses: int, seed: i
     Raises:
         DataError: if the teacher gives something else than finite features of its dimension.
     """
+    features, point_cell = _cell_features(frame, teacher)
+    labels, _ = kmeans(features, num_superclasses, _generator(frame, seed))
+    return TeacherView(
+        features=features.to("cpu", torch.float32).numpy(),
+        superclass=labels.to("cpu", torch.uint8).numpy(),
+        point_cell=point_cell.numpy(),
+    )
+
+
+def _cell_features(frame: Frame, teacher: Teacher) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (M, D) on the teacher's device, and the cell (N,) of every point on the CPU."""
     place = f"{frame.log}/{frame.index}"
     cells = teacher.cell_features(frame.points)
     features = cells.features.detach()
@@ -118,12 +131,7 @@ def view_frame(frame: Frame, teacher: Teacher, *, num_superclasses: int, seed: i
     features = features[cells.point_cell[own.representative.to(cells.point_cell.device)]]
     if not bool(torch.isfinite(features).all()):
         raise DataError(f"{place}: teacher {teacher.name} gave a feature that is not finite; look at this frame's points")
-    labels, _ = kmeans(features, num_superclasses, _generator(frame, seed))
-    return TeacherView(
-        features=features.to("cpu", torch.float32).numpy(),
-        superclass=labels.to("cpu", torch.uint8).numpy(),
-        point_cell=own.point_cell.numpy(),
-    )
+    return features, own.point_cell
 
 
 class OnlineTeacherSource:
@@ -174,7 +182,9 @@ def compute_targets(
         split: only this split; None for every log.
         num_superclasses: k of the clustering of each frame's cells.
         seed: of the clustering.
-        codec: "float16", "int8", or "auto": for each frame the smaller one that keeps a mean cosine of 0.995.
+        codec: how features are stored: "float16", "int8", "pca", "product", or "auto": for each frame the smallest of pca, int8
+            and float16 that keeps a mean cosine of 0.995. A basis (pca, product) is fitted on at most 32 keyframes, drawn by
+            the seed from those of the split, before anything is stored; it stays in the folder, also for later splits.
         progress: called with (keyframes done, keyframes in all).
         share: (rank, world): every `world`-th log from log `rank` on; the others are the other processes' part. The summary
             then covers this part only.
@@ -188,7 +198,7 @@ def compute_targets(
         raise ConfigError(f"unknown codec '{codec}'; there are {', '.join(CODECS)}")
     folder = store_folder(dataset.root, teacher.name) if folder is None else folder
     settings = StoreSettings.of(teacher, num_superclasses=num_superclasses, seed=seed, codec=codec)
-    _claim(folder, settings)
+    settings = _claimed(folder, settings, lambda: _fitted_basis(dataset, dataset.keyframes(split), teacher, codec, seed))
     keys: Mapping[str, list[FrameIndex]] = defaultdict(list)
     for key in dataset.keyframes(split):
         keys[key.log].append(key)
@@ -204,12 +214,14 @@ def compute_targets(
         path = target_path(folder, log)
         finished = _finished(path, settings, log, of_log, dataset)
         if finished is None:
-            with TargetWriter(path, log=log, settings_digest=settings.digest, dimension=teacher.dimension) as writer:
+            with TargetWriter(
+                path, log=log, settings_digest=settings.digest, dimension=teacher.dimension, basis=settings.basis
+            ) as writer:
                 for count, key in enumerate(of_log, start=1):
                     _add(writer, dataset.frame(key, ()), teacher, settings)
                     show(done + count, total)
             made += 1
-            finished = TargetFile(path)
+            finished = TargetFile(path, settings.basis)
         done += len(of_log)
         show(done, total)
         files.append(_count(finished))
@@ -233,11 +245,11 @@ class _LogCounts:
 def _add(writer: TargetWriter, frame: Frame, teacher: Teacher, settings: StoreSettings) -> None:
     view = view_frame(frame, teacher, num_superclasses=settings.num_superclasses, seed=settings.seed)
     if settings.codec == "auto":
-        codec, encoded, cosine = smallest_codec(view.features)
+        codec, encoded, cosine = smallest_codec(view.features, settings.basis)
     else:
         codec = FeatureCodec(settings.codec)
-        encoded = encode_features(view.features, codec)
-        cosine = stored_cosine(view.features, encoded, codec)
+        encoded = encode_features(view.features, codec, settings.basis)
+        cosine = stored_cosine(view.features, encoded, codec, settings.basis)
     writer.add(
         frame.index,
         encoded,
@@ -250,17 +262,38 @@ def _add(writer: TargetWriter, frame: Frame, teacher: Teacher, settings: StoreSe
     )
 
 
-def _claim(folder: Path, settings: StoreSettings) -> None:
-    """Writes `teacher.json`, or checks that the one there says the same."""
-    if (folder / "teacher.json").exists():
-        different = StoreSettings.load(folder).differences(settings)
-        if different:
-            raise DataError(
-                f"{folder}: holds the features of another teacher or other settings: {', '.join(different)}. "
-                f"Remove the folder to compute them anew."
-            )
-    else:
-        settings.save(folder)
+def _claimed(folder: Path, settings: StoreSettings, fit: Callable[[], FeatureBasis | None]) -> StoreSettings:
+    """The settings in `teacher.json`, checked to be these; where there is none yet it is written, with a basis fitted now.
+
+    The basis of an earlier run is kept, so that all logs have the same; a store made without one goes on without.
+    """
+    if not (folder / "teacher.json").exists():
+        replace(settings, basis=fit()).save(folder)
+    # Read back also when it was written just now: of several processes, all take the basis of the first.
+    stored = StoreSettings.load(folder)
+    different = stored.differences(settings)
+    if different:
+        raise DataError(
+            f"{folder}: holds the features of another teacher or other settings: {', '.join(different)}. "
+            f"Remove the folder to compute them anew."
+        )
+    return stored
+
+
+def _fitted_basis(
+    dataset: KeyedFrames, keys: Sequence[FrameIndex], teacher: Teacher, codec: str, seed: int
+) -> FeatureBasis | None:
+    """The basis that the codec needs: a pure function of the split's frames, the teacher and the seed."""
+    if codec in (FeatureCodec.FLOAT16, FeatureCodec.INT8) or (codec == "auto" and teacher.dimension > MAX_FITTED_DIMENSION):
+        return None
+    rng = np.random.default_rng([seed, teacher.dimension])
+    chosen = np.sort(rng.permutation(len(keys))[:_FIT_FRAMES])
+    fit = BasisFit(teacher.dimension, len(chosen), rng)
+    for i in chosen:
+        fit.add(_cell_features(dataset.frame(keys[i], ()), teacher)[0].to("cpu", torch.float32).numpy())
+    if codec == FeatureCodec.PRODUCT:
+        return fit.code_books(torch.Generator("cpu").manual_seed(int(rng.integers(1 << 62))))
+    return fit.principal()
 
 
 def _finished(
@@ -270,7 +303,7 @@ def _finished(
     if not path.exists():
         return None
     try:
-        file = TargetFile(path)
+        file = TargetFile(path, settings.basis)
     except DataError:
         return None
     if not fits(file, settings, log, tuple(key.index for key in keys)):

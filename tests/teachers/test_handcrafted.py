@@ -204,7 +204,7 @@ def test_rows_are_about_as_long_as_those_of_a_learnt_teacher():
 def test_its_features_are_stored_and_read_back_and_given_online_alike(tmp_path: Path):
     write_made_dataset(tmp_path, {"a": [made_frame("a", index, points=400, seed=index) for index in range(2)]})
     dataset, teacher = PreparedDataset(tmp_path), HandcraftedTeacher()
-    summary = compute_targets(dataset, teacher, num_superclasses=4)
+    summary = compute_targets(dataset, teacher, num_superclasses=4, codec="int8")
     assert summary.frames == len(dataset.keyframes()) > 0
     assert summary.mean_cosine > 0.995
     store, online = FeatureStore(tmp_path / "targets" / "handcrafted"), OnlineTeacherSource(teacher, num_superclasses=4)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from picture3d.errors import DataError
 from picture3d.ops.quantize import Quantisation, quantise_points
+from picture3d.teachers.feature_basis import BasisFit
 from picture3d.teachers.feature_codecs import FeatureCodec, decode_features, encode_features, smallest_codec, stored_cosine
 from picture3d.teachers.store import FeatureStore, StoreSettings, derive_cells, store_folder, target_path
 from picture3d.teachers.target_file import TargetEntry, TargetFile
@@ -54,9 +55,13 @@ def test_int8_is_off_by_at_most_half_a_step_of_its_channel():
 @pytest.mark.parametrize("cells", [0, 1])
 def test_few_cells_and_zeros_are_stored(codec: FeatureCodec, cells: int):
     features = np.zeros((cells, 3), np.float32)
-    encoded = encode_features(features, codec)
-    assert decode_features(np.frombuffer(bytearray(encoded), np.uint8), codec, cells, 3).tolist() == features.tolist()
-    assert stored_cosine(features, encoded, codec) == 1.0
+    fit = BasisFit(3, 1, np.random.default_rng(0))
+    fit.add(features)
+    basis = fit.code_books(torch.Generator()) if codec is FeatureCodec.PRODUCT else fit.principal()
+    encoded = encode_features(features, codec, basis)
+    read = decode_features(np.frombuffer(bytearray(encoded), np.uint8), codec, cells, 3, basis)
+    assert read.tolist() == features.tolist()
+    assert stored_cosine(features, encoded, codec, basis) == 1.0
 
 
 def test_auto_takes_int8_while_the_cosine_holds_and_float16_where_it_does_not():
@@ -206,7 +211,7 @@ def test_every_flipped_byte_that_is_read_is_found(dataset: MadeDataset):
 
 def entry_if_readable(path: Path) -> TargetEntry | None:
     try:
-        return TargetFile(path).entries.get(2)
+        return TargetFile(path, StoreSettings.load(path.parent).basis).entries.get(2)
     except DataError:
         return None
 
