@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -29,6 +29,8 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at prepared frames.")
 app.add_typer(data_app, name="data")
 score_app = typer.Typer(no_args_is_help=True, help="Score prediction files of any program by the official metrics.")
 app.add_typer(score_app, name="score")
+experiment_app = typer.Typer(no_args_is_help=True, help="Compare ways of pre-training, cell by cell, over seeds.")
+app.add_typer(experiment_app, name="experiment")
 
 
 class TargetCodec(StrEnum):
@@ -50,6 +52,8 @@ class TeacherName(StrEnum):
     ENCODER = "encoder"
     EMA = "ema"
 
+
+_Number = TypeVar("_Number", int, float)
 
 Overrides = Annotated[
     list[str] | None,
@@ -605,6 +609,45 @@ def compare(
     _show(told)
 
 
+@experiment_app.command("label-efficiency")
+def experiment_label_efficiency(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the experiment; what is finished there is not done again.")],
+    data: Annotated[Path, typer.Option("--data", help="Folder of prepared frames, with stored targets for their recipes.")],
+    methods: Annotated[
+        str, typer.Option(help="scratch, or names of pre-training recipes, by comma; gains are over the first.")
+    ] = "scratch,town-coordinates,town-features,town-picture",
+    shares: Annotated[str, typer.Option(help="Shares of the labelled scenes, by comma.")] = "0.0625,0.25,1",
+    seeds: Annotated[str, typer.Option(help="Seeds, by comma.")] = "0,1,2",
+    recipe: Annotated[str, typer.Option("--recipe", help="Segmentation recipe of all cells.")] = "town-segmentation",
+    pretrain_set: Annotated[
+        list[str] | None, typer.Option("--pretrain-set", metavar="KEY=VALUE", help="Change every pre-training. Repeatable.")
+    ] = None,
+    finetune_set: Annotated[
+        list[str] | None, typer.Option("--finetune-set", metavar="KEY=VALUE", help="Change every fine-tuning. Repeatable.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Scored split.")] = "val",
+    with_probe: Annotated[bool, typer.Option("--probe", help="Also fit a linear probe to each frozen encoder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Fine-tune from several encoders at several shares of the labels; table with mean, spread and confidence interval."""
+    from picture3d.commands.experiment import Plan, label_efficiency_experiment
+
+    plan = Plan(
+        data=data,
+        methods=tuple(methods.split(",")),
+        shares=tuple(_numbers(shares, float, "--shares")),
+        seeds=tuple(_numbers(seeds, int, "--seeds")),
+        finetuning=recipe,
+        pretrain_set=tuple(pretrain_set or ()),
+        finetune_set=tuple(finetune_set or ()),
+        split=split,
+        with_probe=with_probe,
+    )
+    _show(label_efficiency_experiment(plan, out, device=device, threads=threads, as_json=as_json))
+
+
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder that holds run folders (as `demo` leaves it).")],
@@ -694,6 +737,14 @@ def weights_export(
     from picture3d.commands.weights import export_weights as command
 
     _show(command(source, out))
+
+
+def _numbers(text: str, kind: type[_Number], option: str) -> list[_Number]:
+    """Comma-separated numbers of an option."""
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers by comma, got '{text}'", param_hint=option) from None
 
 
 def _show(text: str) -> None:

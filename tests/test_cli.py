@@ -19,6 +19,7 @@ COMMANDS = [
     ["prepare", "argoverse2"], ["prepare", "once"], ["prepare", "occupancy"],
     ["weights"], ["weights", "show"], ["weights", "import"], ["weights", "export"],
     ["predict"], ["score"], ["score", "nuscenes-detection"], ["score", "waymo-detection"], ["score", "occupancy"],
+    ["experiment"], ["experiment", "label-efficiency"],
 ]  # fmt: skip
 
 

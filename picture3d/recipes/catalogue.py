@@ -21,6 +21,7 @@ _Recipe = TypeVar("_Recipe")
 PRETRAINING: dict[str, Callable[[Path], PretrainConfig]] = {
     "town-picture": pretraining.town_picture,
     "town-coordinates": pretraining.town_coordinates,
+    "town-features": pretraining.town_features,
     "town-handcrafted": pretraining.town_handcrafted,
     "town-ema": pretraining.town_ema,
     "town-gpicture": pretraining.town_gpicture,

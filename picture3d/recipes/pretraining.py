@@ -58,6 +58,12 @@ def town_picture(data: Path) -> PretrainConfig:
     )
 
 
+def town_features(data: Path) -> PretrainConfig:
+    """The same masks and budget as `town_picture`, but only the teacher's features are rebuilt."""
+    base = town_picture(data)
+    return base.model_copy(update={"recipe": "town-features", "loss": base.loss.model_copy(update={"coordinates_weight": 0.0})})
+
+
 def town_coordinates(data: Path) -> PretrainConfig:
     """The same masks and budget as `town_picture`, but only the hidden points are rebuilt: the paper's baseline."""
     base = town_picture(data)

@@ -12,6 +12,7 @@ from picture3d.ops.attention import AttentionWeights, pooling_attention, set_att
 from picture3d.ops.sets import (
     PaddedSets,
     SetBuckets,
+    SetRuns,
     Windows,
     padded_sets,
     set_buckets,
@@ -38,7 +39,7 @@ def stock_attention(weights: AttentionWeights) -> nn.MultiheadAttention:
     return stock
 
 
-def layouts(windows: Windows, set_size: int) -> dict[str, PaddedSets | SetBuckets]:
+def layouts(windows: Windows, set_size: int) -> dict[str, PaddedSets | SetBuckets | SetRuns]:
     partition = set_partition(windows, set_size)
     return {
         "padded": padded_sets(windows, set_size),

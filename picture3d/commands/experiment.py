@@ -1,0 +1,210 @@
+"""`experiment label-efficiency`: the same fine-tuning from several encoders, at several shares of the labels, over seeds.
+
+A cell is one fine-tuning: a method, a share, a seed. What is finished is not done again, what was interrupted goes on, and
+methods, shares and seeds may be added later: the table grows. Everything that must be equal for cells to be comparable stands
+in ``experiment.json``, and another value of it is refused.
+
+    experiment.json   data, fine-tuning recipe and the settings changed in it and in pre-training
+    cells/*.json      one row per finished cell; these are the result, the folders below only how it came about
+    runs/             run folders: pretrain-<recipe>-seed<n>, then <method>-<share>-seed<n>
+    results.json, table.md, curves.svg
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from picture3d.commands.build import training_batches
+from picture3d.commands.score import probe, run_evaluation
+from picture3d.commands.train import run_finetuning, run_pretraining
+from picture3d.errors import ConfigError, DataError
+from picture3d.evaluation.label_efficiency import CellScore, LabelEfficiencyRow, label_efficiency, markdown_table
+from picture3d.files import read_json_object, sole_writer, write_json, write_text
+from picture3d.recipes.catalogue import pretraining_recipe, segmentation_recipe
+from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
+from picture3d.training.runlog import RunFolder, duration
+from picture3d.view.curves import line_chart
+
+SCRATCH = "scratch"
+_MAX_BYTES = 1 << 22
+_COLORS = ("#6b7280", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8a800")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is compared, and what all cells have in common."""
+
+    data: Path
+    methods: tuple[str, ...]  # "scratch", or the name of a pre-training recipe
+    shares: tuple[float, ...]
+    seeds: tuple[int, ...]
+    finetuning: str = "town-segmentation"
+    pretrain_set: tuple[str, ...] = ()
+    finetune_set: tuple[str, ...] = ()
+    split: str = "val"
+    with_probe: bool = False
+
+    def common(self) -> dict[str, Any]:
+        """What every cell of a folder must agree in."""
+        return {
+            "kind": "label-efficiency",
+            "data": str(self.data.resolve()),
+            "finetuning": self.finetuning,
+            "pretrain_set": list(self.pretrain_set),
+            "finetune_set": list(self.finetune_set),
+            "split": self.split,
+        }
+
+    def pretraining(self, method: str, seed: int) -> PretrainConfig:
+        """The pre-training of a method, its first weights and masks drawn from `seed`."""
+        return pretraining_recipe(method, self.data).with_overrides([*self.pretrain_set, f"training.seed={seed}"])
+
+    def tuning(self, share: float, seed: int, encoder: Path | None) -> SegmentationConfig:
+        """The fine-tuning of a cell; the labelled scenes are drawn from `seed`, smaller shares within larger ones."""
+        changed = [f"data.label_share={share}", f"data.label_seed={seed}", f"training.seed={seed}"]
+        config = segmentation_recipe(self.finetuning, self.data).with_overrides([*self.finetune_set, *changed])
+        return config.model_copy(update={"pretrained": encoder})
+
+
+def label_efficiency_experiment(plan: Plan, out: Path, *, device: str, threads: int, as_json: bool) -> str:
+    """Does the cells that are missing; returns the table of all that are there, or JSON.
+
+    Raises:
+        ConfigError: if a method has another backbone than the fine-tuning, the folder holds another experiment, or a share,
+            seed or method is named twice or cannot be.
+    """
+    _check(plan)
+    with sole_writer(out):
+        path = out / "experiment.json"
+        if path.is_file():
+            _check_same(path, plan)
+        else:
+            write_json(path, plan.common())
+        for seed in plan.seeds:
+            for method in plan.methods:
+                missing = [share for share in plan.shares if not _row_path(out, method, share, seed).is_file()]
+                if missing:
+                    _do_cells(plan, out, method, seed, missing, device, threads)
+        methods, cells = read_cells(out, plan.methods)
+        rows = label_efficiency([cell for cell, _ in cells], methods)
+        tree = {**plan.common(), "rows": [row.to_json() for row in rows], "cells": [row for _, row in cells]}
+        write_json(out / "results.json", tree)
+        table = markdown_table(rows, measure="mIoU")
+        write_text(out / "table.md", table + "\n")
+        write_text(out / "curves.svg", curves_svg(rows, cells) + "\n")
+    if as_json:
+        return json.dumps(tree)
+    seconds = sum(sum(row["seconds"].values()) for _, row in cells)
+    return f"{table}\n\n{len(cells)} cells, {duration(seconds)} of training and scoring; {out / 'curves.svg'}"
+
+
+def read_cells(out: Path, first: Sequence[str]) -> tuple[list[str], list[tuple[CellScore, dict[str, Any]]]]:
+    """All finished cells of a folder, and their methods: those in `first` first, then others by name.
+
+    Raises:
+        DataError: if a row cannot be read.
+    """
+    cells = []
+    for path in sorted((out / "cells").glob("*.json")):
+        row = read_json_object(path, max_bytes=_MAX_BYTES)
+        try:
+            cell = CellScore(str(row["method"]), float(row["share"]), int(row["seed"]), float(row["miou"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}: not a row of this experiment ({error!r}). Remove it, and the cell is done again."
+            ) from None
+        cells.append((cell, row))
+    found = {cell.method for cell, _ in cells}
+    return [m for m in first if m in found] + sorted(found - set(first)), cells
+
+
+def curves_svg(rows: Sequence[LabelEfficiencyRow], cells: Sequence[tuple[CellScore, dict[str, Any]]]) -> str:
+    """Mean mIoU in per cent over the number of labelled keyframes, a line per method."""
+    frames = {cell.share: int(row["labelled_frames"]) for cell, row in cells}
+    methods = list(dict.fromkeys(row.method for row in rows))
+    lines = {
+        method: (
+            [frames[r.share] for r in rows if r.method == method],
+            [100 * r.score.mean for r in rows if r.method == method],
+        )
+        for method in methods
+    }
+    colors = {method: _COLORS[i % len(_COLORS)] for i, method in enumerate(methods)}
+    chart = line_chart(lines, colors=colors, title="mIoU, %", x_label="labelled keyframes", size=(520, 300))
+    legend = "".join(
+        f'<text x="56" y="{22 + 16 * i}" fill="{colors[method]}">{method}</text>' for i, method in enumerate(methods)
+    )
+    return chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace("</svg>", legend + "</svg>")
+
+
+def _do_cells(plan: Plan, out: Path, method: str, seed: int, shares: Sequence[float], device: str, threads: int) -> None:
+    encoder, seconds, extra = None, {}, {}
+    if method != SCRATCH:
+        encoder = out / "runs" / f"pretrain-{method}-seed{seed}"
+        done = run_pretraining(plan.pretraining(method, seed), encoder, True, device, threads)
+        seconds["pretrain"] = round(done.seconds, 1)
+        if plan.with_probe:
+            summary = RunFolder(encoder).summary()
+            if "probe_miou" not in summary:
+                probe(encoder, data=None, label_share=1.0, seed=seed, as_json=True, device=device, threads=threads)
+                summary = RunFolder(encoder).summary()
+            extra["probe_miou"] = summary["probe_miou"]
+    for share in shares:
+        config = plan.tuning(share, seed, encoder)
+        folder = out / "runs" / f"{method}-{share:g}-seed{seed}"
+        done = run_finetuning(config, folder, True, device, threads)
+        scores = run_evaluation(folder, data=None, split=plan.split, device=device, threads=threads)
+        tree = scores.to_json()
+        row = {
+            "method": method,
+            "share": share,
+            "seed": seed,
+            "miou": scores.miou or 0.0,
+            "iou": tree["iou"],
+            "labelled_frames": len(training_batches(config, None).keys),
+            "steps": done.steps,
+            "seconds": {**seconds, "finetune": round(done.seconds, 1)},
+            **extra,
+        }
+        write_json(_row_path(out, method, share, seed), row)
+
+
+def _row_path(out: Path, method: str, share: float, seed: int) -> Path:
+    return out / "cells" / f"{method}_{share:g}_{seed}.json"
+
+
+def _check(plan: Plan) -> None:
+    for name, values in (("methods", plan.methods), ("shares", plan.shares), ("seeds", plan.seeds)):
+        if not values or len(set(values)) != len(values):
+            raise ConfigError(f"--{name}: name at least one, and none twice; got {', '.join(map(str, values)) or 'none'}")
+    tuning = plan.tuning(plan.shares[0], plan.seeds[0], None)
+    for share in plan.shares[1:]:
+        plan.tuning(share, plan.seeds[0], None)
+    for method in plan.methods:
+        if method == SCRATCH:
+            continue
+        config = plan.pretraining(method, plan.seeds[0])
+        pairs = {
+            "encoder": (config.encoder, tuning.encoder),
+            "grid": (config.grid, tuning.grid),
+            "data.features": (config.data.features, tuning.data.features),
+            "data.intensity_scale": (config.data.intensity_scale, tuning.data.intensity_scale),
+        }
+        different = [name for name, (there, here) in pairs.items() if there != here]
+        if different:
+            raise ConfigError(
+                f"{method} and {plan.finetuning} differ in {', '.join(different)}: their backbones cannot be compared. Choose "
+                f"recipes for one encoder, or set the same values with --pretrain-set and --finetune-set."
+            )
+
+
+def _check_same(path: Path, plan: Plan) -> None:
+    found, wanted = read_json_object(path, max_bytes=_MAX_BYTES), plan.common()
+    different = [key for key in wanted if found.get(key) != wanted[key]]
+    if different:
+        said = "; ".join(f"{key} is {found.get(key)!r} there, {wanted[key]!r} now" for key in different)
+        raise ConfigError(f"{path}: holds another experiment: {said}. Use the same settings, or another --out.")

@@ -1,0 +1,133 @@
+"""`picture3d experiment label-efficiency`, as a user types it, on a town of three scenes and a grid of few cells."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from picture3d.cli import app
+from picture3d.commands import experiment
+from picture3d.errors import ConfigError, DataError
+
+_SMALL = ["grid.voxel_size=[0.8,0.8,1.0]", "encoder.channels=32", "encoder.ffn_channels=64"]
+_SMALL += [
+    "encoder.windows=[[12,12,8],[12,12,1]]",
+    "encoder.strides=[[1,1,8]]",
+    "training.max_steps=1",
+    "training.batch_size=1",
+]
+_BLIND = ["targets.mode=none", "mask.kind=random"]
+
+
+def call(*words: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout
+
+
+def words(data: Path, out: Path, **options: str) -> list[object]:
+    found: list[object] = ["experiment", "label-efficiency", "--data", data, "--out", out, "--device", "cpu"]
+    for name, value in options.items():
+        found += [f"--{name}", value]
+    for setting in _SMALL:
+        found += ["--pretrain-set", setting, "--finetune-set", setting]
+    for setting in _BLIND:
+        found += ["--pretrain-set", setting]
+    return found
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("experiment")
+    call("synth", root / "raw", "--scenes", 3, "--keyframes", 1, "--sweeps-per-keyframe", 0, "--val-scenes", 1)
+    call("prepare", "nuscenes", root / "raw", root / "prepared", "--sweeps", 0)
+    return root / "prepared"
+
+
+@pytest.fixture(scope="module")
+def out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cells") / "experiment"
+    status, said = call(*words(data, folder, methods="scratch,town-coordinates", shares="0.5,1", seeds="0"), "--json")
+    assert status == 0
+    assert len(json.loads(said)["cells"]) == 4
+    return folder
+
+
+def test_every_cell_has_a_row_and_smaller_shares_lie_within_larger_ones(out: Path):
+    rows = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
+    assert {(row["method"], row["share"]) for row in rows} == {
+        (method, share) for method in ("scratch", "town-coordinates") for share in (0.5, 1.0)
+    }
+    assert {row["share"]: row["labelled_frames"] for row in rows} == {0.5: 1, 1.0: 2}
+    assert all(row["steps"] == 1 for row in rows)
+
+
+def test_cells_of_one_seed_differ_in_the_encoder_alone(out: Path):
+    configs = {
+        method: json.loads((out / "runs" / f"{method}-0.5-seed0" / "config.json").read_text())
+        for method in ("scratch", "town-coordinates")
+    }
+    assert configs["scratch"].pop("pretrained") is None
+    assert configs["town-coordinates"].pop("pretrained").endswith("pretrain-town-coordinates-seed0")
+    assert configs["scratch"] == configs["town-coordinates"]
+
+
+def test_scores_are_those_of_the_run_folders(out: Path):
+    for path in (out / "cells").glob("*.json"):
+        row = json.loads(path.read_text())
+        folder = out / "runs" / f"{row['method']}-{row['share']:g}-seed{row['seed']}"
+        assert row["miou"] == json.loads((folder / "evaluation_val.json").read_text())["miou"]
+
+
+def test_the_drawing_is_well_formed_and_names_each_method(out: Path):
+    text = "".join(ElementTree.fromstring((out / "curves.svg").read_text()).itertext())
+    assert "scratch" in text
+    assert "town-coordinates" in text
+
+
+def test_a_lost_row_is_made_again_and_nothing_else(out: Path, data: Path):
+    lost = out / "cells" / "scratch_0.5_0.json"
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/model.safetensors")}
+    text = lost.read_text()
+    lost.unlink()
+    call(*words(data, out, methods="scratch,town-coordinates", shares="0.5,1", seeds="0"))
+    assert json.loads(lost.read_text()) == json.loads(text)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/model.safetensors")} == before
+
+
+def test_other_common_settings_are_refused_and_the_table_stays(out: Path, data: Path):
+    table = (out / "table.md").read_text()
+    with pytest.raises(ConfigError, match=r"another experiment: finetune_set is"):
+        call(*words(data, out, methods="scratch", shares="0.5", seeds="0"), "--finetune-set", "training.optim.peak_lr=0.1")
+    assert (out / "table.md").read_text() == table
+
+
+def test_another_backbone_is_refused_before_any_work(data: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="differ in encoder, grid"):
+        call("experiment", "label-efficiency", "--data", data, "--out", tmp_path / "x", "--methods", "scratch,waymo-picture")
+    assert not (tmp_path / "x" / "runs").exists()
+
+
+@pytest.mark.parametrize("option", [{"seeds": "0,0"}, {"methods": "scratch,scratch"}, {"shares": "0.5,0.5"}])
+def test_what_is_named_twice_is_refused(data: Path, tmp_path: Path, option: dict[str, str]):
+    with pytest.raises(ConfigError, match="none twice"):
+        call(*words(data, tmp_path / "x", **option))
+
+
+def test_shares_that_cannot_be_are_refused(data: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="label_share"):
+        call(*words(data, tmp_path / "x", shares="0.5,2"))
+    status, _ = call(*words(data, tmp_path / "x", shares="half"))
+    assert status == 2
+
+
+def test_a_row_that_cannot_be_read_is_named(tmp_path: Path):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "a_1_0.json").write_text('{"method": "a"}')
+    with pytest.raises(DataError, match=r"a_1_0\.json.*done again"):
+        experiment.read_cells(tmp_path, ["a"])
