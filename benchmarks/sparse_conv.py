@@ -5,21 +5,29 @@
 The sweep is the sample data's nuScenes one where that folder is present, a synthetic town's otherwise. First checks that the
 network with folded norms gives the numbers of the plain one. Rounds take every row in turn, so that other load meets all of
 them; the least and the median are printed, in processor seconds at one thread and in wall seconds otherwise.
+
+Where `spconv` can be imported, its submanifold layer is compared with ours and timed beside it: native algorithm, without
+gradients. Its CPU wheel goes into a folder by ``pip install --target FOLDER --no-deps spconv cumm pccm ccimport pybind11 fire
+termcolor portalocker lark ninja``; then ``PYTHONPATH=FOLDER``. The forward's peak of memory is what torch had allocated at most at
+one time, input and weights not counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from picture3d.models.minkunet import MinkUNet, UNetMaps, build_unet_maps
 from picture3d.models.sparse_layers import ResidualBlock, SparseConv
@@ -84,7 +92,55 @@ def main() -> None:
     pairs = zip(times["network, maps rebuilt"], times["its matrix products alone"], strict=True)
     ratio = statistics.median(whole / alone for whole, alone in pairs)
     share = min(times["its nine kernel maps"]) / min(times["network, maps rebuilt"])
+    largest, name = largest_layer(network, maps)
+    peak = peak_bytes(lambda: network(feats, maps), device)
+    with_maps = peak_bytes(rows["network, maps rebuilt"], device)
+    print(
+        f"peak memory of the forward, maps given: {peak / 1e6:.1f} MB, {peak / largest:.2f} times input + output + map "
+        f"of the largest layer ({name}, {largest / 1e6:.1f} MB); with its maps {with_maps / 1e6:.1f} MB"
+    )
     print(f"whole call / its matrix products, median over rounds: {ratio:.2f}; kernel maps: {100 * share:.1f} % of the call")
+
+
+def largest_layer(network: MinkUNet, maps: UNetMaps) -> tuple[int, str]:
+    """Bytes of input, output and kernel map of the convolution where they are most, and its name."""
+    stages = {"conv0p1s1": maps.stem}
+    for level in range(4):
+        stages[f"conv{level + 1}p{2**level}s2"] = maps.down[level]
+        stages[f"block{level + 1}"] = maps.same[level + 1]
+        stages[f"convtr{7 - level}p{2 ** (level + 1)}s2"] = maps.down[level].transposed()
+        stages[f"block{8 - level}"] = maps.same[level]
+    found = []
+    for stage, kmap in stages.items():
+        tables = (kmap.in_rows, kmap.out_rows, kmap.in_coords, kmap.out_coords)
+        size = sum(table.untyped_storage().nbytes() for table in {table.data_ptr(): table for table in tables}.values())
+        for name, layer in network.get_submodule(stage).named_modules():
+            if isinstance(layer, SparseConv) and not layer.pointwise:
+                _, wide, out = layer.kernel.shape
+                values = kmap.num_in * wide + kmap.num_out * out
+                found.append((size + values * layer.kernel.element_size(), f"{stage}.{name}".rstrip(".")))
+    return max(found)
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that were allocated at one time during a call, beyond those before it."""
+    with torch.inference_mode():
+        call()
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            call()
+            return torch.cuda.max_memory_allocated(device) - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            result = call()
+    del result
+    results = recorded.profiler.kineto_results if recorded.profiler is not None else None
+    assert results is not None
+    now = most = 0
+    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+        most = max(most, now)
+    return most
 
 
 def load_sweep(path: Path | None) -> tuple[Tensor, Tensor, str]:
@@ -171,7 +227,37 @@ def layer_rows(size: float, coords: Tensor) -> dict[str, Callable[[], object]]:
 
         rows[f"layer 3x3x3, {size} m, {channels} channels, forward"] = forward
         rows[f"layer 3x3x3, {size} m, {channels} channels, with backward"] = both
+        if coords.device.type == "cpu" and importlib.util.find_spec("spconv") is not None:
+            rows |= peer_rows(size, coords, feats.detach(), kernel.detach(), forward)
     return rows
+
+
+def peer_rows(
+    size: float, coords: Tensor, feats: Tensor, kernel: Tensor, ours: Callable[[], Tensor]
+) -> dict[str, Callable[[], object]]:
+    """The same layer of spconv, whose numbers are first compared with ours."""
+    import spconv.pytorch as spconv  # pyright: ignore[reportMissingImports]
+
+    channels = feats.shape[1]
+    layer = spconv.SubMConv3d(channels, channels, 3, bias=False, indice_key="map", algo=spconv.ConvAlgo.Native)
+    with torch.no_grad():  # its weight is (out, x, y, z, in)
+        layer.weight.copy_(kernel.view(3, 3, 3, channels, channels).permute(4, 2, 1, 0, 3))
+    indices = (coords - coords.amin(0)).int().contiguous()
+    shape = (indices.amax(0)[1:] + 1).tolist()
+
+    def forward(known: dict[str, object] | None = None) -> Any:
+        tensor = spconv.SparseConvTensor(feats, indices, shape, 1)
+        tensor.indice_dict = known or {}
+        with torch.no_grad():
+            return layer(tensor)
+
+    first = forward()
+    difference = (first.features - ours()).abs().max().item() / first.features.abs().max().item()
+    assert difference < 1e-5, f"spconv and ours differ by {difference} of the largest value"
+    return {
+        f"  spconv, {size} m, {channels} channels, map given": lambda: forward(first.indice_dict),
+        f"  spconv, {size} m, {channels} channels, map built": forward,
+    }
 
 
 def timed(

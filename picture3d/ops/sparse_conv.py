@@ -131,11 +131,12 @@ def _convolve(feats: Tensor, kernel: Tensor, kmap: KernelMap, start: Tensor | No
     block = _block_rows(feats.element_size() * (kernel.shape[1] + kernel.shape[2]))
     gathered = feats.new_empty(min(block, max(kmap.counts)), kernel.shape[1])
     products = feats.new_empty(len(gathered), kernel.shape[2])
+    slices = kernel.unbind(0)
     for k, in_rows, out_rows in _blocks(kmap, block):
         rows, product = gathered[: len(in_rows)], products[: len(in_rows)]
         torch.index_select(feats, 0, in_rows, out=rows)
-        torch.mm(rows, kernel[k], out=product)
-        out.index_add_(0, out_rows, product.to(out.dtype))
+        torch.mm(rows, slices[k], out=product)
+        out.index_add_(0, out_rows, product if product.dtype == wide else product.to(wide))
     return out.to(feats.dtype)
 
 
@@ -196,12 +197,13 @@ def _block_rows(bytes_per_row: int) -> int:
 
 def _blocks(kmap: KernelMap, rows: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The listed pairs, offset by offset, at most `rows` at a time."""
-    start = 0
+    taps, sizes = [], []
     for k, count in enumerate(kmap.counts):
-        for low in range(start, start + count, rows):
-            high = min(low + rows, start + count)
-            yield k, kmap.in_rows[low:high], kmap.out_rows[low:high]
-        start += count
+        for low in range(0, count, rows):
+            taps.append(k)
+            sizes.append(min(rows, count - low))
+    # Cut once: a slice of its own for each block costs as much as a small product.
+    yield from zip(taps, kmap.in_rows.split(sizes), kmap.out_rows.split(sizes), strict=True)
 
 
 def _checked_kernel(feats: Tensor, kernel: Tensor, kmap: KernelMap, bias: Tensor | None) -> Tensor:

@@ -234,6 +234,39 @@ def test_half_precision_and_non_contiguous_features():
     assert F.cosine_similarity(half.float().flatten(), exact.flatten(), dim=0) > 0.999
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_and_kernels_in_other_strides_without_autocast(dtype: torch.dtype):
+    coords = _random_cells(14)
+    kmap = build_kernel_map(coords, 3)
+    feats = torch.randn(4, len(coords), generator=torch.Generator().manual_seed(0)).to(dtype).T
+    kernel = torch.randn(27, 3, 4, generator=torch.Generator().manual_seed(1)).to(dtype).transpose(1, 2)
+    exact = sparse_conv_reference(feats.double(), kernel.double(), kmap)
+    for out in (sparse_conv(feats, kernel, kmap), convolve_inference(feats, kernel, kmap)):
+        assert out.dtype == dtype
+        assert F.cosine_similarity(out.double().flatten(), exact.flatten(), dim=0) > 0.9999
+
+
+def test_an_empty_sample_in_a_batch_leaves_the_others_as_they_are():
+    coords = _random_cells(15, samples=1)
+    batch = torch.cat([coords, coords + torch.tensor([2, 0, 0, 0], dtype=torch.int32)])  # sample 1 has no voxel
+    feats = torch.randn(len(coords), 3, generator=torch.Generator().manual_seed(0))
+    for size, stride in ((3, 1), (2, 2), (3, 2)):
+        kernel = torch.randn(size**3, 3, 2, generator=torch.Generator().manual_seed(1))
+        alone = sparse_conv(feats, kernel, build_kernel_map(coords, size, stride=stride))
+        kmap = build_kernel_map(batch, size, stride=stride)
+        assert sorted(set(kmap.out_coords[:, 0].tolist())) == [0, 2]
+        torch.testing.assert_close(sparse_conv(feats.repeat(2, 1), kernel, kmap), alone.repeat(2, 1))
+
+
+def test_a_kernel_wider_than_the_grid_reaches_every_voxel_of_its_sample():
+    coords = _random_cells(16, shape=(2, 3, 2))
+    feats = torch.randn(len(coords), 2, generator=torch.Generator().manual_seed(0))
+    kmap = build_kernel_map(coords, 7)
+    sums = torch.zeros(2, 2).index_add_(0, coords[:, 0].long(), feats)
+    out = sparse_conv(feats, torch.eye(2).expand(343, 2, 2), kmap)
+    torch.testing.assert_close(out, sums[coords[:, 0].long()])
+
+
 def test_quantisation_does_not_depend_on_the_order_of_points():
     points = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * 20
     order = torch.randperm(500, generator=torch.Generator().manual_seed(1))
