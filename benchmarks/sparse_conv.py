@@ -8,8 +8,8 @@ them; the least and the median are printed, in processor seconds at one thread a
 
 Where `spconv` can be imported, its submanifold layer is compared with ours and timed beside it: native algorithm, without
 gradients. Its CPU wheel goes into a folder by ``pip install --target FOLDER --no-deps spconv cumm pccm ccimport pybind11 fire
-termcolor portalocker lark ninja``; then ``PYTHONPATH=FOLDER``. The forward's peak of memory is what torch had allocated at most at
-one time, input and weights not counted.
+termcolor portalocker lark ninja``; then ``PYTHONPATH=FOLDER``. The forward's peak of memory is what torch had
+allocated at most at one time, input and weights not counted.
 """
 
 from __future__ import annotations
