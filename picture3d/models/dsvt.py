@@ -37,8 +37,8 @@ from picture3d.ops.sets import (
     SetRuns,
     WindowPlaces,
     Windows,
+    full_sets,
     padded_sets,
-    set_buckets,
     set_partition,
     set_runs,
     window_partition,
@@ -154,8 +154,8 @@ def make_set_layout(windows: Windows, set_size: int, attention: str) -> SetLayou
     if attention == "padded":
         return padded_sets(windows, set_size)
     partition = set_partition(windows, set_size)
-    # On a GPU one block of full sets spares reading the lengths back; on a CPU every spare slot costs.
-    return set_buckets(partition, max_blocks=1) if windows.window.is_cuda else set_runs(partition)
+    # On a GPU full sets spare reading the lengths back; on a CPU every spare slot costs.
+    return full_sets(partition) if windows.window.is_cuda else set_runs(partition)
 
 
 def _both_windows(config: DsvtConfig, shape: Triple, stage: int, coords: Tensor) -> tuple[Windows, Windows]:

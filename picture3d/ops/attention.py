@@ -2,7 +2,7 @@
 
 Twins with one signature, chosen by the layout that is handed in: :class:`~picture3d.ops.sets.PaddedSets` is the published
 computation, kept for reading and testing; :class:`~picture3d.ops.sets.SetRuns` (on a CPU) and
-:class:`~picture3d.ops.sets.SetBuckets` (on a GPU, where lengths stay on the device) give the same numbers several times faster.
+:class:`~picture3d.ops.sets.FullSets` (on a GPU, where lengths stay on the device) give the same numbers several times faster.
 Repeated keys are masked in the published form, so attention goes over the distinct voxels of a set in both.
 
 Source: "DSVT: Dynamic Sparse Voxel Transformer with Rotated Sets", CVPR 2023, sections 3.2 and 3.4.
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from picture3d.ops.scatter import exchange_rows, gather_rows, segment_count, segment_max, segment_sum, select_unique_rows
-from picture3d.ops.sets import PaddedSets, PlacedRuns, SetBuckets, SetLayout, SetRuns
+from picture3d.ops.sets import FullSets, PaddedSets, PlacedRuns, SetLayout, SetRuns
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +62,7 @@ def set_attention(
         there, back = sets.voxel_of_place[axis], sets.place_of_voxel[axis]
         query_key, value = exchange_rows(query_key, there, back), exchange_rows(value, there, back)
         return exchange_rows(_run_attention(query_key, value, sets.placed.blocks, weights), back, there)
-    return _bucketed_attention(query_key, value, sets, axis, weights)
+    return _full_attention(query_key, value, sets, axis, weights)
 
 
 def _padded_attention(query_key: Tensor, value: Tensor, voxel: Tensor, repeated: Tensor, weights: AttentionWeights) -> Tensor:
@@ -83,27 +83,20 @@ def _padded_attention(query_key: Tensor, value: Tensor, voxel: Tensor, repeated:
     return select_unique_rows(out, slot_of_voxel)
 
 
-def _bucketed_attention(query_key: Tensor, value: Tensor, sets: SetBuckets, axis: int, weights: AttentionWeights) -> Tensor:
+def _full_attention(query_key: Tensor, value: Tensor, sets: FullSets, axis: int, weights: AttentionWeights) -> Tensor:
     channels, heads = weights.channels, weights.heads
-    width = channels // heads
+    count, slots = sets.spare.shape
     voxel_of_slot, slot_of_voxel = sets.voxel_of_slot[axis], sets.slot_of_voxel[axis]
     qk_weight, v_weight = weights.in_weight.split([2 * channels, channels])
     qk_bias, v_bias = weights.in_bias.split([2 * channels, channels])
     # Project the N voxels once, then move them into their slots. A spare slot is masked as a key and dropped as a query,
     # so no gradient comes back from it, and the backward of the move is a plain gather too.
-    qk_slots = exchange_rows(F.linear(query_key, qk_weight, qk_bias), voxel_of_slot, slot_of_voxel)
-    v_slots = exchange_rows(F.linear(value, v_weight, v_bias), voxel_of_slot, slot_of_voxel)
-    sizes = [count * slots for count, slots, _ in sets.blocks]
-    mixed = []
-    for (count, slots, any_spare), qk, v, spare in zip(
-        sets.blocks, qk_slots.split(sizes), v_slots.split(sizes), sets.spare.split(sizes), strict=True
-    ):
-        query, key = qk.view(count, slots, 2, heads, width).permute(2, 0, 3, 1, 4)
-        values = v.view(count, slots, heads, width).transpose(1, 2)
-        mask = ~spare.view(count, 1, 1, slots) if any_spare else None
-        attended = F.scaled_dot_product_attention(query, key, values, attn_mask=mask)
-        mixed.append(attended.transpose(1, 2).reshape(count * slots, channels))
-    slots_out = torch.cat(mixed) if mixed else v_slots
+    qk = exchange_rows(F.linear(query_key, qk_weight, qk_bias), voxel_of_slot, slot_of_voxel)
+    v = exchange_rows(F.linear(value, v_weight, v_bias), voxel_of_slot, slot_of_voxel)
+    query, key = qk.view(count, slots, 2, heads, channels // heads).permute(2, 0, 3, 1, 4)
+    values = v.view(count, slots, heads, channels // heads).transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(query, key, values, attn_mask=~sets.spare[:, None, None, :])
+    slots_out = mixed.transpose(1, 2).reshape(count * slots, channels)
     return F.linear(select_unique_rows(slots_out, slot_of_voxel), weights.out_weight, weights.out_bias)
 
 

@@ -2,7 +2,8 @@
 
 A window of n voxels is cut into ``ceil(n / set_size)`` sets of nearly equal length. A set is a run of neighbours in a
 sorted order, so a permutation and the boundaries of its runs describe the whole partition; everything else is derived:
-:func:`padded_sets` is the published form, :func:`set_buckets` the layout that wastes few slots.
+:func:`padded_sets` is the published form, :func:`set_runs` the layout without a spare slot and :func:`full_sets` the one
+that needs no length on the host.
 
 Source: "DSVT: Dynamic Sparse Voxel Transformer with Rotated Sets", CVPR 2023, section 3.2.
 """
@@ -10,7 +11,6 @@ Source: "DSVT: Dynamic Sparse Voxel Transformer with Rotated Sets", CVPR 2023, s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -66,17 +66,16 @@ class PaddedSets:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SetBuckets:
-    """The same sets in a few blocks of equal length, short to long; every voxel has exactly one slot that counts.
+class FullSets:
+    """The same sets with `set_size` slots each; every voxel has exactly one slot that counts.
 
-    A block of `sets` times `length` slots is a run of `voxel_of_slot`; the blocks follow each other. The slots left over
-    at the end of a short set hold its last voxel again and are called spare.
+    The slots left over at the end of a short set hold its last voxel again and are called spare. No length has to be known on
+    the host.
     """
 
-    voxel_of_slot: Tensor  # (2, T) int64: index 0 y-first, 1 x-first
+    voxel_of_slot: Tensor  # (2, S * set_size) int64: index 0 y-first, 1 x-first
     slot_of_voxel: Tensor  # (2, N) int64: the slot that counts
-    spare: Tensor  # (T,) bool, the same for both orders
-    blocks: tuple[tuple[int, int, bool], ...]  # (sets, length, whether any of its slots is spare)
+    spare: Tensor  # (S, set_size) bool, the same for both orders
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,7 +97,7 @@ class SetRuns:
     placed: PlacedRuns  # of the places, the same for both orders
 
 
-SetLayout = PaddedSets | SetBuckets | SetRuns
+SetLayout = PaddedSets | FullSets | SetRuns
 
 
 def window_partition(coords: Tensor, grid_shape: Triple, window: Triple, offset: Triple) -> Windows:
@@ -218,69 +217,17 @@ def set_runs(partition: SetPartition) -> SetRuns:
     )
 
 
-def set_buckets(partition: SetPartition, max_blocks: int = 6) -> SetBuckets:
-    """Lays the sets out in at most `max_blocks` blocks, with as few spare slots as that allows.
-
-    With `max_blocks` = 1 every set gets `set_size` slots and no length has to be read back from the device.
-    """
-    start, device = partition.set_start, partition.order.device
-    length, by_length = torch.sort(start[1:] - start[:-1], stable=True)
-    if max_blocks == 1 or partition.num_sets == 0:
-        blocks = [(partition.num_sets, partition.set_size, True)] if partition.num_sets else []
-    else:
-        blocks = _best_blocks(torch.bincount(length, minlength=partition.set_size + 1).tolist(), max_blocks)
-    num_slots = sum(sets * slots for sets, slots, _ in blocks)
-    slots_of_block = torch.tensor([slots for _, slots, _ in blocks], dtype=torch.int64, device=device)
-    sets_of_block = torch.tensor([sets for sets, _, _ in blocks], dtype=torch.int64, device=device)
-    slots_in = torch.repeat_interleave(slots_of_block, sets_of_block, output_size=partition.num_sets)
-    first_slot = slots_in.cumsum(0) - slots_in
-    set_of_slot = torch.repeat_interleave(slots_in, output_size=num_slots)
-    column = torch.arange(num_slots, device=device) - first_slot[set_of_slot]
-    length_of_slot = length[set_of_slot]
-    rank_of_slot = start[by_length][set_of_slot] + torch.minimum(column, length_of_slot - 1)
-
-    # The slot that counts: a voxel keeps its place in its set, and the set has moved to where its block is.
-    moved = torch.empty_like(first_slot)
-    moved[by_length] = first_slot
-    moved -= start[:-1]
+def full_sets(partition: SetPartition) -> FullSets:
+    """Gives every set `set_size` slots."""
+    start, size, device = partition.set_start, partition.set_size, partition.order.device
+    length = start[1:] - start[:-1]
+    column = torch.arange(size, device=device)
+    rank_of_slot = start[:-1, None] + torch.minimum(column, length[:, None] - 1)
+    set_of_rank = torch.repeat_interleave(length, output_size=partition.num_voxels)
     rank = torch.arange(partition.num_voxels, device=device)
-    set_of_rank = torch.repeat_interleave(start[1:] - start[:-1], output_size=partition.num_voxels)
-    slot_of_rank = (rank + moved[set_of_rank]).expand(2, -1)
-    return SetBuckets(
-        voxel_of_slot=partition.order[:, rank_of_slot],
+    slot_of_rank = (rank - start[set_of_rank] + set_of_rank * size).expand(2, -1)
+    return FullSets(
+        voxel_of_slot=partition.order[:, rank_of_slot.flatten()],
         slot_of_voxel=torch.empty_like(partition.order).scatter_(1, partition.order, slot_of_rank),
-        spare=column >= length_of_slot,
-        blocks=tuple(blocks),
+        spare=column >= length[:, None],
     )
-
-
-def _best_blocks(sets_of_length: list[int], max_blocks: int, candidates: int = 16) -> list[tuple[int, int, bool]]:
-    """Blocks (sets, slots, whether any is spare), short to long, with the fewest slots that `max_blocks` blocks can have.
-
-    Lengths are first merged into at most `candidates` groups, each as long as its longest set.
-    """
-    step = -(-len(sets_of_length) // candidates)
-    groups: list[tuple[int, int, int]] = []  # (sets, longest, voxels)
-    for low in range(0, len(sets_of_length), step):
-        merged = [(length, sets) for length, sets in enumerate(sets_of_length[low : low + step], low) if sets]
-        if merged:
-            groups.append((sum(sets for _, sets in merged), merged[-1][0], sum(length * sets for length, sets in merged)))
-    # fewest[j]: least slots for the j shortest groups, and the cuts that reach it, with the blocks used so far.
-    fewest: list[tuple[int, tuple[int, ...]] | None] = [None] * (len(groups) + 1)
-    fewest[0] = (0, (0,))
-    for _ in range(max_blocks):
-        previous = list(fewest)
-        for j in range(1, len(groups) + 1):
-            sets = 0
-            for i in range(j - 1, -1, -1):
-                sets += groups[i][0]
-                known, best = previous[i], fewest[j]
-                if known is not None and (best is None or known[0] + sets * groups[j - 1][1] < best[0]):
-                    fewest[j] = (known[0] + sets * groups[j - 1][1], (*known[1], j))
-    last = fewest[-1]
-    cuts = last[1] if last is not None else (0,)
-    blocks = []
-    for low, high in pairwise(cuts):
-        sets, slots = sum(group[0] for group in groups[low:high]), groups[high - 1][1]
-        blocks.append((sets, slots, sets * slots > sum(group[2] for group in groups[low:high])))
-    return blocks

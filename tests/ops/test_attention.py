@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from picture3d.ops.attention import AttentionWeights, pooling_attention, set_attention
 from picture3d.ops.sets import (
+    FullSets,
     PaddedSets,
-    SetBuckets,
     SetRuns,
     Windows,
+    full_sets,
     padded_sets,
-    set_buckets,
     set_partition,
     set_runs,
     window_partition,
@@ -39,13 +39,11 @@ def stock_attention(weights: AttentionWeights) -> nn.MultiheadAttention:
     return stock
 
 
-def layouts(windows: Windows, set_size: int) -> dict[str, PaddedSets | SetBuckets | SetRuns]:
+def layouts(windows: Windows, set_size: int) -> dict[str, PaddedSets | FullSets | SetRuns]:
     partition = set_partition(windows, set_size)
     return {
         "padded": padded_sets(windows, set_size),
-        "one block": set_buckets(partition, 1),
-        "few blocks": set_buckets(partition, 3),
-        "many blocks": set_buckets(partition, 100),
+        "full": full_sets(partition),
         "runs": set_runs(partition),
     }
 
@@ -82,7 +80,7 @@ def test_every_form_equals_stock_attention_set_by_set_values_and_gradients(count
             torch.testing.assert_close(leaf.grad, gradient, msg=lambda m, n=name: f"{n}, gradient: {m}")
 
 
-@pytest.mark.parametrize("form", ["padded", "one block", "few blocks"])
+@pytest.mark.parametrize("form", ["padded", "full"])
 def test_no_voxels_attend_to_nothing(form: str):
     x = torch.zeros(0, C, dtype=torch.float64, requires_grad=True)
     out = set_attention(x, x, layouts(random_windows(0), 11)[form], 0, random_weights())
@@ -90,7 +88,7 @@ def test_no_voxels_attend_to_nothing(form: str):
     out.sum().backward()
 
 
-@pytest.mark.parametrize("form", ["padded", "one block", "few blocks"])
+@pytest.mark.parametrize("form", ["padded", "full"])
 def test_bfloat16_stays_near_float64(form: str):
     windows, weights = random_windows(200), random_weights()
     x = torch.randn(200, C, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from picture3d.ops.sets import Windows, padded_sets, set_buckets, set_partition, set_runs, window_partition, window_places
+from picture3d.ops.sets import Windows, full_sets, padded_sets, set_partition, set_runs, window_partition, window_places
 from tests.sample_data import golden_files
 
 # (grid, window, hybrid factor, offsets of the two shifts, set size) of each stage
@@ -88,34 +88,19 @@ def test_padded_sets_equal_a_loop_over_windows_and_slots(count, window, offset, 
 
 
 @settings(max_examples=40, deadline=None)
-@given(count=st.integers(0, 150), set_size=st.integers(1, 20), max_blocks=st.integers(1, 7), seed=st.integers(0, 99))
-def test_buckets_hold_every_set_once_and_whole(count, set_size, max_blocks, seed):
+@given(count=st.integers(0, 150), set_size=st.integers(1, 20), seed=st.integers(0, 99))
+def test_full_sets_hold_every_set_once_and_whole(count, set_size, seed):
     windows = window_partition(random_coords(count, (11, 7, 4), seed=seed), (11, 7, 4), (4, 4, 4), (2, 2, 0))
     partition = set_partition(windows, set_size)
-    buckets = set_buckets(partition, max_blocks)
-    assert len(buckets.blocks) <= max_blocks
+    full = full_sets(partition)
+    assert full.spare.shape == (partition.num_sets, set_size)
     for axis in (0, 1):
-        slots_of_all = buckets.voxel_of_slot[axis]
-        assert torch.equal(slots_of_all[buckets.slot_of_voxel[axis]], torch.arange(partition.num_voxels))
-        assert not buckets.spare[buckets.slot_of_voxel[axis]].any()
-        start, found = 0, []
-        for sets, slots, any_spare in buckets.blocks:
-            stop = start + sets * slots
-            spare = buckets.spare[start:stop].view(sets, slots)
-            assert max_blocks == 1 or bool(spare.any()) == any_spare
-            block = slots_of_all[start:stop].view(sets, slots)
-            found += [tuple(row[~hole].tolist()) for row, hole in zip(block, spare, strict=True)]
-            start = stop
-        assert start == len(slots_of_all)
-        pieces = torch.tensor_split(partition.order[axis], partition.set_start[1:-1])
-        assert sorted(found) == sorted(tuple(p.tolist()) for p in pieces if len(p))
-
-
-def test_as_many_blocks_as_lengths_leave_no_slot_spare():
-    partition = set_partition(window_partition(random_coords(500, (40, 40, 1)), (40, 40, 1), (12, 12, 1), (0, 0, 0)), 12)
-    buckets = set_buckets(partition, max_blocks=12)
-    assert not buckets.spare.any()
-    assert sum(sets * slots for sets, slots, _ in buckets.blocks) == partition.num_voxels
+        slots_of_all = full.voxel_of_slot[axis]
+        assert torch.equal(slots_of_all[full.slot_of_voxel[axis]], torch.arange(partition.num_voxels))
+        assert not full.spare.flatten()[full.slot_of_voxel[axis]].any()
+        rows = zip(slots_of_all.view(-1, set_size), full.spare, strict=True)
+        pieces = torch.tensor_split(partition.order[axis], partition.set_start[1:-1]) if count else ()
+        assert [row[~spare].tolist() for row, spare in rows] == [piece.tolist() for piece in pieces]
 
 
 def test_every_voxel_is_in_exactly_one_set_of_each_order_and_sets_are_not_too_long():
@@ -169,9 +154,7 @@ def test_no_voxels_give_no_sets():
     partition = set_partition(windows, 5)
     assert partition.num_sets == partition.num_voxels == 0
     assert padded_sets(windows, 5).voxel.shape == (2, 0, 5)
-    for max_blocks in (1, 6):
-        assert set_buckets(partition, max_blocks).blocks == ()
-        assert set_buckets(partition, max_blocks).slot_of_voxel.shape == (2, 0)
+    assert full_sets(partition).slot_of_voxel.shape == (2, 0)
 
 
 @pytest.mark.parametrize(
