@@ -62,12 +62,6 @@ class EncoderTeacher:
     name: str = "encoder"
     licence: str = _LICENCE
 
-    def features(self, points: PointCloud) -> Tensor:
-        """(N, D) float32: the feature of every point's cell; zeros for points that are not finite."""
-        cells = self.cell_features(points)
-        padded = torch.cat([cells.features, cells.features.new_zeros((1, self.dimension))])
-        return padded[cells.point_cell]
-
     def cell_features(self, points: PointCloud) -> CellFeatures:
         """(M, D) float32 features of the cells and the cell of every point.
 

@@ -103,12 +103,6 @@ class HandcraftedTeacher:
         settings = (1, CELL_M, _BLOCKS, _COLUMN, _GROUND_REACH, _GROUND_SHARE, _GROUND_POINTS, _SHAPE_POINTS, _CLIP, COLUMNS)
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
-    def features(self, points: PointCloud) -> Tensor:
-        """(N, D) float32: the feature of every point's cell; zeros for points that are not finite."""
-        cells = self.cell_features(points)
-        padded = torch.cat([cells.features, cells.features.new_zeros((1, self.dimension))])
-        return padded[cells.point_cell]
-
     def cell_features(self, points: PointCloud) -> CellFeatures:
         """(M, D) float32 features of the cells and the cell of every point.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from picture3d.ops.quantize import Quantisation
@@ -22,6 +23,11 @@ class CellFeatures:
         if self.features.ndim != 2 or self.point_cell.ndim != 1:
             found = f"{tuple(self.features.shape)} and {tuple(self.point_cell.shape)}"
             raise ValueError(f"expected features (M, D) and point_cell (N,), got {found}")
+
+    def of_points(self) -> Tensor:
+        """(N, D) float32: the feature of every point's cell; zeros for points in no cell."""
+        padded = torch.cat([self.features, self.features.new_zeros((1, self.features.shape[1]))])
+        return padded[self.point_cell]  # -1 is the row of zeros
 
 
 class Teacher(Protocol):
@@ -50,10 +56,6 @@ class Teacher(Protocol):
     @property
     def quantisation(self) -> Quantisation:
         """How points become cells. Kept with the stored features, so that cells are derived again from the points."""
-        ...
-
-    def features(self, points: PointCloud) -> Tensor:
-        """(N, D) float32: the feature of every point's cell; zeros for points in no cell."""
         ...
 
     def cell_features(self, points: PointCloud) -> CellFeatures:

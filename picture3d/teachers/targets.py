@@ -225,7 +225,7 @@ def compute_targets(
         done += len(of_log)
         show(done, total)
         files.append(_count(finished))
-    others = (log for log in every_log if log not in set(logs))
+    others = (log for index, log in enumerate(every_log) if index % world != rank)
     if all(_finished(target_path(folder, log), settings, log, keys.get(log, []), dataset) for log in others):
         write_file_list(folder)  # by whoever is last, for all
     return _summarise(folder, files, made)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from picture3d.ops.quantize import Quantisation, quantise_points
 from picture3d.structures.frame import Frame
@@ -40,10 +39,6 @@ class FourierTeacher:
         wave = torch.arange(1, self.dimension + 1) / 10
         features = torch.cos(xyz[cells.representative] @ torch.ones(3, 1) * wave) * wave * self.scale
         return CellFeatures(features, cells.point_cell)
-
-    def features(self, points: PointCloud) -> Tensor:
-        cells = self.cell_features(points)
-        return torch.cat([cells.features, torch.zeros(1, self.dimension)])[cells.point_cell]
 
 
 def made_points(count: int, seed: int = 0) -> PointCloud:

@@ -56,7 +56,7 @@ def test_it_says_what_the_encoder_says_of_the_whole_sweep(run: Path):
     halves = [(h - h.mean(1, keepdim=True)) / (h.var(1, correction=0, keepdim=True) + 1e-5).sqrt() for h in joined.chunk(2, 1)]
     expected = torch.cat(halves, 1) / math.sqrt(joined.shape[1])
     inside, voxel = encoded.assignment.point_index, encoded.assignment.voxel_of_point
-    found = teacher.features(points)
+    found = teacher.cell_features(points).of_points()
     assert found.shape == (500, teacher.dimension)
     torch.testing.assert_close(found[inside], expected[voxel], atol=1e-5, rtol=1e-5)
 
@@ -68,7 +68,7 @@ def test_points_outside_the_range_or_not_finite_have_zeros_and_no_points_have_no
     found = teacher.cell_features(points)
     assert int(found.point_cell[4]) == -1
     assert (found.features[found.point_cell[3]] == 0).all()
-    assert (teacher.features(points)[[3, 4]] == 0).all()
+    assert (teacher.cell_features(points).of_points()[[3, 4]] == 0).all()
     assert bool(torch.isfinite(found.features).all())
     none = teacher.cell_features(points.select(np.zeros(500, bool)))
     assert (none.features.shape, none.point_cell.shape) == ((0, teacher.dimension), (0,))

@@ -158,7 +158,7 @@ def test_points_that_are_not_finite_are_in_no_cell_and_an_intensity_that_is_not_
     found = teacher.cell_features(_cloud(cloud))
     assert (found.point_cell >= 0).tolist() == [True, False, True, False]
     torch.testing.assert_close(found.features, teacher.cell_features(_cloud(cloud[[0, 2]])).features, rtol=0, atol=0)
-    assert (teacher.features(_cloud(cloud))[1] == 0).all()
+    assert (teacher.cell_features(_cloud(cloud)).of_points()[1] == 0).all()
     with pytest.raises(DataError, match="intensity of 1 points is not finite"):
         teacher.cell_features(_cloud(cloud, np.array([0, 0, math.nan, 0])))
     with pytest.raises(DataError, match="handcrafted: needs the intensity"):
@@ -169,8 +169,8 @@ def test_the_order_of_the_points_changes_not_one_bit():
     rng = np.random.default_rng(4)
     cloud, echo = rng.normal(0, 6, (3000, 3)).astype(np.float32), rng.uniform(0, 1, 3000).astype(np.float32)
     order = rng.permutation(3000)
-    one = HandcraftedTeacher().features(_cloud(cloud, echo))
-    other = HandcraftedTeacher().features(_cloud(cloud[order], echo[order]))
+    one = HandcraftedTeacher().cell_features(_cloud(cloud, echo)).of_points()
+    other = HandcraftedTeacher().cell_features(_cloud(cloud[order], echo[order])).of_points()
     assert torch.equal(one[torch.from_numpy(order)], other)
 
 
@@ -179,7 +179,10 @@ def test_a_quarter_turn_changes_nothing():
     # In the middle of the steps, so that turning maps steps onto steps.
     cloud = (np.floor(rng.normal(0, 6, (2000, 3)) * 1024) + 0.5) / 1024
     turned = np.column_stack([-cloud[:, 1], cloud[:, 0], cloud[:, 2]])
-    one, other = HandcraftedTeacher().features(_cloud(cloud)), HandcraftedTeacher().features(_cloud(turned))
+    one, other = (
+        HandcraftedTeacher().cell_features(_cloud(cloud)).of_points(),
+        HandcraftedTeacher().cell_features(_cloud(turned)).of_points(),
+    )
     torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
 
 
@@ -187,15 +190,15 @@ def test_far_points_do_not_disturb_the_others():
     rng = np.random.default_rng(6)
     cloud = rng.normal(0, 6, (500, 3)).astype(np.float32)
     far = np.array([[3e5, 0, 0], [0, -2e6, 0]], np.float32)
-    one = HandcraftedTeacher().features(_cloud(cloud))
-    other = HandcraftedTeacher().features(_cloud(np.concatenate([far, cloud])))
+    one = HandcraftedTeacher().cell_features(_cloud(cloud)).of_points()
+    other = HandcraftedTeacher().cell_features(_cloud(np.concatenate([far, cloud]))).of_points()
     assert torch.equal(one, other[2:])
     assert bool(torch.isfinite(other).all())
 
 
 def test_rows_are_about_as_long_as_those_of_a_learnt_teacher():
     rng = np.random.default_rng(7)
-    features = HandcraftedTeacher().features(_cloud(rng.normal(0, [15, 15, 1], (5000, 3))))
+    features = HandcraftedTeacher().cell_features(_cloud(rng.normal(0, [15, 15, 1], (5000, 3)))).of_points()
     assert features.dtype == torch.float32
     assert 0.3 < float(features.norm(dim=1).median()) < 2
     assert float(features.abs().max()) <= 3 / math.sqrt(len(COLUMNS)) + 1e-6

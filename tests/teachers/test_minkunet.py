@@ -72,7 +72,6 @@ def test_the_shipped_teacher_is_small_and_speaks_in_unit_vectors():
     points = _sweep()
     cells = teacher.cell_features(points)
     torch.testing.assert_close(cells.features.norm(dim=1), torch.ones(len(cells.features)), atol=1e-4, rtol=0)
-    torch.testing.assert_close(teacher.features(points), cells.features[cells.point_cell])
 
 
 def test_features_follow_the_points_whatever_their_order():
@@ -82,22 +81,24 @@ def test_features_follow_the_points_whatever_their_order():
     first = np.unique(alone.point_cell.numpy(), return_index=True)[1]
     points = points.select(first)
     order = np.random.default_rng(1).permutation(len(points))
-    torch.testing.assert_close(teacher.features(points.select(order)), teacher.features(points)[order], atol=1e-5, rtol=1e-4)
+    straight, shuffled = (teacher.cell_features(p).of_points() for p in (points, points.select(order)))
+    torch.testing.assert_close(shuffled, straight[order], atol=1e-5, rtol=1e-4)
 
 
 def test_units_of_intensity_are_brought_to_what_the_network_saw():
     teacher, raw = load_town_teacher(), _sweep()
     unit = PointCloud(raw.xyz, raw.intensity / np.float32(255), IntensityUnit.UNIT)
-    torch.testing.assert_close(teacher.features(raw), teacher.features(unit), atol=1e-5, rtol=1e-4)
+    of_raw, of_unit = (teacher.cell_features(p).features for p in (raw, unit))
+    torch.testing.assert_close(of_raw, of_unit, atol=1e-5, rtol=1e-4)
     with pytest.raises(DataError, match="unit is unknown"):
-        teacher.features(_sweep(unit=IntensityUnit.UNKNOWN))
+        teacher.cell_features(_sweep(unit=IntensityUnit.UNKNOWN))
 
 
 def test_an_empty_sweep_and_points_that_are_not_finite():
     teacher = load_town_teacher()
-    assert teacher.features(_sweep(0)).shape == (0, 64)
+    assert teacher.cell_features(_sweep(0)).of_points().shape == (0, 64)
     points = _sweep(3)
     points.xyz[1] = np.nan
-    features = teacher.features(points)
+    features = teacher.cell_features(points).of_points()
     assert torch.equal(features[1], torch.zeros(64))
     assert torch.isfinite(features).all()

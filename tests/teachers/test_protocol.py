@@ -7,7 +7,7 @@ import torch
 from picture3d.structures.targets import FeatureSource, FrameTargets
 from picture3d.teachers.protocol import CellFeatures, Teacher
 from picture3d.teachers.targets import OnlineTeacherSource
-from tests.teachers.made_teachers import FourierTeacher, made_points
+from tests.teachers.made_teachers import FourierTeacher
 
 
 def targets(features: tuple[int, ...] = (3, 4), superclasses: int = 3, cells: tuple[int, ...] = (0, -1, 2)) -> FrameTargets:
@@ -39,6 +39,10 @@ def test_a_made_teacher_is_a_teacher_and_sources_are_sources():
     teacher: Teacher = FourierTeacher()
     source: FeatureSource = OnlineTeacherSource(teacher)
     assert source is not None
-    points = made_points(50)
-    cells = teacher.cell_features(points)
-    assert torch.equal(teacher.features(points), cells.features[cells.point_cell])
+
+
+def test_every_point_has_the_feature_of_its_cell_and_zeros_without_one():
+    cells = CellFeatures(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, -1, 0, 1]))
+    assert cells.of_points().tolist() == [[3.0, 4.0], [0.0, 0.0], [1.0, 2.0], [3.0, 4.0]]
+    nothing = CellFeatures(torch.zeros(0, 2), torch.tensor([-1]))
+    assert nothing.of_points().tolist() == [[0.0, 0.0]]
