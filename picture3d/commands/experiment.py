@@ -76,6 +76,7 @@ def label_efficiency_experiment(plan: Plan, out: Path, *, device: str, threads: 
     Raises:
         ConfigError: if a method has another backbone than the fine-tuning, the folder holds another experiment, or a share,
             seed or method is named twice or cannot be.
+        DataError: if the scored split has no labels, or a finished row cannot be read.
     """
     _check(plan)
     with sole_writer(out):
@@ -158,12 +159,17 @@ def _do_cells(plan: Plan, out: Path, method: str, seed: int, shares: Sequence[fl
         folder = out / "runs" / f"{method}-{share:g}-seed{seed}"
         done = run_finetuning(config, folder, True, device, threads)
         scores = run_evaluation(folder, data=None, split=plan.split, device=device, threads=threads)
+        if scores.miou is None:
+            raise DataError(
+                f"{plan.data}: split '{plan.split}' has no labelled point to score on. Name another with --split, or prepare "
+                "it with its labels."
+            )
         tree = scores.to_json()
         row = {
             "method": method,
             "share": share,
             "seed": seed,
-            "miou": scores.miou or 0.0,
+            "miou": scores.miou,
             "iou": tree["iou"],
             "labelled_frames": len(training_batches(config, None).keys),
             "steps": done.steps,

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from picture3d.cli import app
 from picture3d.commands import experiment
 from picture3d.errors import ConfigError, DataError
+from picture3d.evaluation.segmentation import ConfusionMatrix
+from tests.command_line import do
 
 _SMALL = ["grid.voxel_size=[0.8,0.8,1.0]", "encoder.channels=32", "encoder.ffn_channels=64"]
 _SMALL += [
@@ -21,13 +23,6 @@ _SMALL += [
     "training.batch_size=1",
 ]
 _BLIND = ["targets.mode=none", "mask.kind=random"]
-
-
-def call(*words: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout
 
 
 def words(data: Path, out: Path, **options: str) -> list[object]:
@@ -44,16 +39,15 @@ def words(data: Path, out: Path, **options: str) -> list[object]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("experiment")
-    call("synth", root / "raw", "--scenes", 3, "--keyframes", 1, "--sweeps-per-keyframe", 0, "--val-scenes", 1)
-    call("prepare", "nuscenes", root / "raw", root / "prepared", "--sweeps", 0)
+    do("synth", root / "raw", "--scenes", 3, "--keyframes", 1, "--sweeps-per-keyframe", 0, "--val-scenes", 1)
+    do("prepare", "nuscenes", root / "raw", root / "prepared", "--sweeps", 0)
     return root / "prepared"
 
 
 @pytest.fixture(scope="module")
 def out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cells") / "experiment"
-    status, said = call(*words(data, folder, methods="scratch,town-coordinates", shares="0.5,1", seeds="0"), "--json")
-    assert status == 0
+    said = do(*words(data, folder, methods="scratch,town-coordinates", shares="0.5,1", seeds="0"), "--json")
     assert len(json.loads(said)["cells"]) == 4
     return folder
 
@@ -77,6 +71,23 @@ def test_cells_of_one_seed_differ_in_the_encoder_alone(out: Path):
     assert configs["scratch"] == configs["town-coordinates"]
 
 
+def test_the_seed_of_a_cell_chooses_scenes_weights_and_masks_and_settings_reach_both_trainings(data: Path):
+    plan = experiment.Plan(
+        data, ("scratch",), (0.5,), (3,), pretrain_set=("mask.kind=random",), finetune_set=("training.optim.peak_lr=0.5",)
+    )
+    tuning, pretraining = plan.tuning(0.5, 3, Path("encoder")), plan.pretraining("town-features", 3)
+    assert (tuning.data.label_share, tuning.data.label_seed, tuning.training.seed) == (0.5, 3, 3)
+    assert (tuning.pretrained, tuning.training.optim.peak_lr) == (Path("encoder"), 0.5)
+    assert (pretraining.training.seed, pretraining.mask.kind, pretraining.loss.coordinates_weight) == (3, "random", 0.0)
+
+
+def test_scores_that_do_not_exist_are_no_zeros(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(experiment, "run_evaluation", lambda *_, **__: ConfusionMatrix(("ignored", "car")).scores())
+    with pytest.raises(DataError, match="no labelled point"):
+        do(*words(data, tmp_path / "x", methods="scratch", shares="1", seeds="0"))
+    assert not list((tmp_path / "x").glob("cells/*"))
+
+
 def test_scores_are_those_of_the_run_folders(out: Path):
     for path in (out / "cells").glob("*.json"):
         row = json.loads(path.read_text())
@@ -95,7 +106,7 @@ def test_a_lost_row_is_made_again_and_nothing_else(out: Path, data: Path):
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/model.safetensors")}
     text = lost.read_text()
     lost.unlink()
-    call(*words(data, out, methods="scratch,town-coordinates", shares="0.5,1", seeds="0"))
+    do(*words(data, out, methods="scratch,town-coordinates", shares="0.5,1", seeds="0"))
     assert json.loads(lost.read_text()) == json.loads(text)
     assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/model.safetensors")} == before
 
@@ -103,27 +114,27 @@ def test_a_lost_row_is_made_again_and_nothing_else(out: Path, data: Path):
 def test_other_common_settings_are_refused_and_the_table_stays(out: Path, data: Path):
     table = (out / "table.md").read_text()
     with pytest.raises(ConfigError, match=r"another experiment: finetune_set is"):
-        call(*words(data, out, methods="scratch", shares="0.5", seeds="0"), "--finetune-set", "training.optim.peak_lr=0.1")
+        do(*words(data, out, methods="scratch", shares="0.5", seeds="0"), "--finetune-set", "training.optim.peak_lr=0.1")
     assert (out / "table.md").read_text() == table
 
 
 def test_another_backbone_is_refused_before_any_work(data: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="differ in encoder, grid"):
-        call("experiment", "label-efficiency", "--data", data, "--out", tmp_path / "x", "--methods", "scratch,waymo-picture")
+        do("experiment", "label-efficiency", "--data", data, "--out", tmp_path / "x", "--methods", "scratch,waymo-picture")
     assert not (tmp_path / "x" / "runs").exists()
 
 
 @pytest.mark.parametrize("option", [{"seeds": "0,0"}, {"methods": "scratch,scratch"}, {"shares": "0.5,0.5"}])
 def test_what_is_named_twice_is_refused(data: Path, tmp_path: Path, option: dict[str, str]):
     with pytest.raises(ConfigError, match="none twice"):
-        call(*words(data, tmp_path / "x", **option))
+        do(*words(data, tmp_path / "x", **option))
 
 
 def test_shares_that_cannot_be_are_refused(data: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="label_share"):
-        call(*words(data, tmp_path / "x", shares="0.5,2"))
-    status, _ = call(*words(data, tmp_path / "x", shares="half"))
-    assert status == 2
+        do(*words(data, tmp_path / "x", shares="0.5,2"))
+    unclear = words(data, tmp_path / "x", shares="half")
+    assert CliRunner().invoke(app, [str(word) for word in unclear]).exit_code == 2
 
 
 def test_a_row_that_cannot_be_read_is_named(tmp_path: Path):
