@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from picture3d.cli import app
 from picture3d.commands.build import run_config_of, sample_frames
 from picture3d.commands.compare import alpha_of, compare_encoders, read_comparison
 from picture3d.errors import CheckpointError, ConfigError, DataError
@@ -20,15 +18,10 @@ from picture3d.models.layer_trace import trace_layers
 from picture3d.recipes.catalogue import pretraining_recipe, segmentation_recipe, tiny
 from picture3d.tasks.encoder import TaskEncoder, load_encoder
 from picture3d.training.checkpoint import load_weights, save_checkpoint
+from tests.command_line import do
 from tests.ops.test_similarity import gram_cka
 
 CPU = torch.device("cpu")
-
-
-def do(*words: object) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture(scope="module")

@@ -8,18 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from picture3d.cli import app, main
+from picture3d.cli import main
 from picture3d.recipes.catalogue import pretraining_recipe, tiny
+from tests.command_line import do
 from tests.datasets.made_frames import made_frame, write_made_dataset
 from tests.datasets.object_store import object_store
-
-
-def do(*words: object) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture

@@ -8,20 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from picture3d.cli import app
 from picture3d.datasets.prepared import PreparedDataset
 from picture3d.errors import ConfigError, DataError
 from picture3d.formats.nuscenes_results import CLASSES
 from picture3d.formats.waymo_objects_reading import read_objects
 from picture3d.recipes.catalogue import detection_recipe, segmentation_recipe, tiny
-
-
-def do(*words: object) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+from tests.command_line import do
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from picture3d.cli import app, main
+from picture3d.cli import main
 from picture3d.datasets.loading import FrameBatches
 from picture3d.errors import ConfigError, Picture3dError
 from picture3d.recipes.catalogue import pretraining_recipe, segmentation_recipe, tiny
 from picture3d.structures.batch import PointBatch
+from tests.command_line import do
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,6 @@ class Way:
 
     def __getattr__(self, name: str) -> Path:
         return self.root / name
-
-
-def do(*words: object) -> str:
-    """Runs a command in this process; returns what it prints to standard output."""
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def pretrain(way_root: Path, out: Path, *more: object) -> str:

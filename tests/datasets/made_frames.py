@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from picture3d.datasets.prepared import LogHeader, LogWriter, log_path, write_dataset
 from picture3d.structures.boxes import Boxes
@@ -84,3 +86,10 @@ def write_made_dataset(
         summaries[log] = writer.finished
     write_dataset(root, name="made", label_set_name=label_set, splits=splits or {"train": list(logs)}, logs=summaries)
     return root
+
+
+def assert_same(one: Any, two: Any) -> None:
+    """Two values of one dataclass are equal field by field."""
+    for field in fields(one):
+        a, b = getattr(one, field.name), getattr(two, field.name)
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from picture3d.datasets.sensor_intensity import measure_intensity, write_table
 from picture3d.errors import ConfigError, DataError
 from picture3d.formats.remote import LogCache, MissingObject, RemoteFolder, remote_url
 from picture3d.recipes.configs import TargetsConfig
-from tests.datasets.made_frames import made_frame, write_made_dataset
+from tests.datasets.made_frames import assert_same, made_frame, write_made_dataset
 from tests.datasets.object_store import ObjectStore, object_store
 
 
@@ -33,22 +32,8 @@ def local(tmp_path):
     return write_made_dataset(tmp_path / "made", logs)
 
 
-@pytest.fixture
-def store(local, tmp_path, monkeypatch):
-    monkeypatch.setenv("PICTURE3D_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("picture3d.formats.remote._FIRST_WAIT_S", 0.0)
-    with object_store(local) as found:
-        yield found
-
-
 def cached(tmp_path: Path) -> list[str]:
     return sorted(path.name.split(".")[0] for path in (tmp_path / "cache").glob("*/*.p3d"))
-
-
-def assert_same(one: Any, two: Any) -> None:
-    for field in fields(one):
-        a, b = getattr(one, field.name), getattr(two, field.name)
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,9 @@ from picture3d.structures.frame import Frame
 from picture3d.structures.targets import FrameTargets
 from picture3d.teachers.store import FeatureStore, write_file_list
 from picture3d.teachers.targets import compute_targets
+from tests.datasets.made_frames import assert_same
 from tests.datasets.object_scenes import random_frame, write_scenes
-from tests.datasets.object_store import ObjectStore, object_store
+from tests.datasets.object_store import ObjectStore
 from tests.datasets.occupancy_labels import write_labels
 from tests.datasets.raw_nuscenes import RawWorld
 from tests.teachers.made_teachers import FourierTeacher
@@ -75,14 +75,6 @@ def objects(library, local) -> Path:
     return Path(shutil.copytree(library, local / "library"))
 
 
-@pytest.fixture
-def store(local, tmp_path, monkeypatch):
-    monkeypatch.setenv("PICTURE3D_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("picture3d.formats.remote._FIRST_WAIT_S", 0.0)
-    with object_store(local) as found:
-        yield found
-
-
 def fetched(store: ObjectStore, ending: str) -> list[str]:
     return [path.split("/")[-1] for path in store.fetched if path.endswith(ending)]
 
@@ -92,12 +84,6 @@ def targets_of(source: FeatureStore | Path, frame: Frame) -> FrameTargets:
     found = store.targets(frame)
     assert found is not None
     return found
-
-
-def assert_same(one: Any, two: Any) -> None:
-    for field in fields(one):
-        a, b = getattr(one, field.name), getattr(two, field.name)
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
 
 
 def batches(root: Path | str, **changes: Any) -> FrameBatches:
