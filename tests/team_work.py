@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "accumulated": {"accumulate": 2},
     "segmentation": {},
 }
-MORE: dict[str, dict[str, Any]] = {
-    "bf16": {"precision": "bf16"},
-    "center": {},
-    "transfusion": {},
-}
+MORE: dict[str, dict[str, Any]] = {"bf16": {"precision": "bf16"}}
+DETECTORS: dict[str, dict[str, Any]] = {"center": {}, "transfusion": {}}
 
 
 def launch(work: str, *paths: Path, processes: int = 2, timeout_s: float = 120, **environment: str) -> Any:
@@ -81,10 +79,33 @@ class Octants:
         return FrameTargets(features, (keys % 8).astype(np.uint8), cell.astype(np.int64))
 
 
+@contextmanager
+def in_double(task: Any) -> Iterator[None]:
+    """The task's network and losses in float64, also where they ask for float32."""
+    narrow, loss = Tensor.float, task.loss
+
+    def wide_loss(batch: Any, generator: torch.Generator) -> Any:
+        wide = {name: getattr(batch, name).double() for name in ("xyz", "features", "boxes")}
+        return loss(replace(batch, **wide), generator)
+
+    task.module.double()
+    task.loss, Tensor.float = wide_loss, Tensor.double
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        task.loss, Tensor.float = loss, narrow
+
+
 def train(name: str, data: Path, out: Path, team: Team, *, batch_size: int, resume: bool = False, **changes: Any) -> FitResult:
-    """Two epochs of a shrunk recipe in the run folder `out`; the last batch of each epoch is incomplete."""
+    """Two epochs of a shrunk recipe in the run folder `out`; the last batch of each epoch is incomplete.
+
+    Detectors compute in float64: see the test that compares them.
+    """
     cpu = torch.device("cpu")
-    updates = {"epochs": 2, "max_steps": None, "batch_size": batch_size, "keep_last": 9, **{**RUNS, **MORE}[name], **changes}
+    own = {**RUNS, **MORE, **DETECTORS}[name]
+    updates = {"epochs": 2, "max_steps": None, "batch_size": batch_size, "keep_last": 9, **own, **changes}
 
     def shrunk(config: Any) -> Any:
         small = tiny(config)
@@ -98,7 +119,7 @@ def train(name: str, data: Path, out: Path, team: Team, *, batch_size: int, resu
     if name == "segmentation":
         config = shrunk(segmentation_recipe("town-segmentation", data))
         task, targets = build_segmentation(config, cpu), None
-    elif name in {"center", "transfusion"}:
+    elif name in DETECTORS:
         recipe = {"center": "waymo-detection", "transfusion": "nuscenes-detection"}[name]
         config = shrunk(detection_recipe(recipe, data))
         task, targets = build_detection(config, cpu), None
@@ -106,7 +127,8 @@ def train(name: str, data: Path, out: Path, team: Team, *, batch_size: int, resu
         config = shrunk(pretraining_recipe("town-picture", data))
         task, targets = build_picture(config, cpu), Octants(config.targets.channels)
     batches = training_batches(config, targets, team.place)
-    return fit(task, batches, config.training, RunFolder(out), resume=resume, progress=lambda *_: None, team=team)
+    with in_double(task) if name in DETECTORS else nullcontext():
+        return fit(task, batches, config.training, RunFolder(out), resume=resume, progress=lambda *_: None, team=team)
 
 
 def norm_case(kind: str, rows: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Any, Tensor | None]:
@@ -213,7 +235,7 @@ def main() -> None:
             _norms(team, out)
             _runs(team, out, Path(sys.argv[3]))
         elif work == "more":
-            for name in MORE:
+            for name in (*MORE, *DETECTORS):
                 train(name, Path(sys.argv[3]), out / name, team, batch_size=1)
         else:
             _trouble(team, out, work)

@@ -16,7 +16,7 @@ from picture3d.errors import TrainingError
 from picture3d.training.distributed import Place, Team, joined_team, launched_place
 from picture3d.training.runlog import RunFolder
 from tests import team_work
-from tests.team_work import MORE, ROWS, RUNS
+from tests.team_work import DETECTORS, MORE, ROWS, RUNS
 
 # One step in float32; later steps feel that Adam takes the sign of gradients that are rounding errors around 0.
 FIRST_LOSS, LOSSES, WEIGHTS = 2e-6, 1e-4, 5e-4
@@ -40,7 +40,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def more_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return both(tmp_path_factory.mktemp("team"), "more", MORE)
+    return both(tmp_path_factory.mktemp("team"), "more", (*MORE, *DETECTORS))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -128,13 +128,29 @@ def test_two_processes_end_with_the_weights_of_one_with_the_doubled_batch(work, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "tolerance"), [("center", 1e-3), ("transfusion", 1e-3), ("bf16", 5e-3)])
-def test_detection_and_half_precision_agree_on_the_first_step_as_far_as_they_can(more_work, name, tolerance):
-    # Norms of nearly empty maps, and eight bits of precision, leave no more.
-    (found, *_), (expected, *_) = lines(more_work / name), lines(more_work / f"one-{name}")
+def test_half_precision_agrees_on_the_first_step_as_far_as_eight_bits_can(more_work):
+    (found, *_), (expected, *_) = lines(more_work / "bf16"), lines(more_work / "one-bf16")
     for term in set(expected["losses"]) - set(NOT_SUMS):
-        assert found["losses"][term] == pytest.approx(expected["losses"][term], rel=tolerance)
-    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=tolerance)
+        assert found["losses"][term] == pytest.approx(expected["losses"][term], rel=5e-3)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "steps"), [("center", 6), ("transfusion", 10)])
+def test_detection_in_two_processes_takes_the_steps_of_one_with_the_doubled_batch(more_work, name, steps):
+    # In float32 the norms of these nearly empty maps blow rounding up to 3e-3 of the gradient in the first step and half of it
+    # in the sixth: in two processes, and as much in one when the two frames of each batch change places. Float64 tells rounding
+    # from a count or a statistic that is not shared.
+    two, one = lines(more_work / name), lines(more_work / f"one-{name}")
+    assert len(two) == len(one) == steps
+    for found, expected in zip(two, one, strict=True):
+        for term, value in expected["losses"].items():
+            assert found["losses"][term] == pytest.approx(value, rel=3e-7), term  # logged as float32
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=3e-7)
+    weights = team_work.weights(more_work / name), team_work.weights(more_work / f"one-{name}")
+    assert list(weights[0]) == list(weights[1])
+    for key, value in weights[1].items():
+        torch.testing.assert_close(weights[0][key], value, rtol=0, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_a_run_of_two_processes_is_resumed_to_the_same_numbers(work):
