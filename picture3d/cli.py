@@ -103,24 +103,43 @@ def synth(
     )
 
 
+PreparedOut = Annotated[Path, typer.Argument(help="Folder for the prepared frames.")]
+SkipMissing = Annotated[bool, typer.Option("--skip-missing", help="Leave out files that are not on disk, and say how many.")]
+XyzStep = Annotated[float, typer.Option(min=0, help="Round coordinates to this many metres; 0 stores them exactly.")]
+LogProcesses = Annotated[int, typer.Option(min=1, help="Logs prepared side by side; the bytes do not depend on it.")]
+
+
+def _told(outcome: tuple[str, bool]) -> None:
+    """Shows what a command has to say; exit status 1 if not everything was well."""
+    text, well = outcome
+    _show(text)
+    if not well:
+        raise typer.Exit(1)
+
+
 @prepare_app.command("nuscenes")
 def prepare_nuscenes(
-    raw: Annotated[Path, typer.Argument(help="Raw nuScenes root: samples/, sweeps/, v1.0-*/, lidarseg/.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the prepared frames.")],
+    raw: Annotated[Path, typer.Argument(help="Raw nuScenes root: samples/, sweeps/, v1.0-*/, lidarseg/, panoptic/.")],
+    out: PreparedOut,
     version: Annotated[str, typer.Option(help="Table folder: v1.0-mini, v1.0-trainval, v1.0-test.")] = "v1.0-mini",
     sweeps: Annotated[int, typer.Option(min=0, help="Earlier sweeps linked to each keyframe.")] = 9,
-    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out sweeps that are not on disk.")] = False,
+    skip_missing: SkipMissing = False,
+    xyz_step: XyzStep = 0.0,
+    processes: LogProcesses = 1,
 ) -> None:
-    """Prepare raw nuScenes tables and sweeps: points, poses, boxes with velocity, lidarseg labels."""
-    from picture3d.commands.data import prepare_nuscenes as command
+    """Prepare raw nuScenes tables and sweeps: points, poses, boxes with velocity, lidarseg and panoptic labels.
 
-    _show(command(raw, out, version=version, sweeps=sweeps, skip_missing=skip_missing))
+    Exit status 1 if a scene with a damaged file was set aside; the others are prepared.
+    """
+    from picture3d.commands.prepare import prepare_nuscenes as command
+
+    _told(command(raw, out, version=version, sweeps=sweeps, skip_missing=skip_missing, xyz_step=xyz_step, processes=processes))
 
 
 @prepare_app.command("points")
 def prepare_points(
     folder: Annotated[Path, typer.Argument(help="Sweeps in name order (.bin .pcd .npy .ply), or one sub-folder per log.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the prepared frames.")],
+    out: PreparedOut,
     layout: Annotated[
         str, typer.Option(help="Columns of .bin and .npy files, '-' skips one: x,y,z,intensity,ring.")
     ] = "x,y,z,intensity",
@@ -130,11 +149,16 @@ def prepare_points(
     poses: Annotated[Path | None, typer.Option(help="Text file, 12 numbers a line: global_from_lidar, row by row.")] = None,
     val: Annotated[int, typer.Option(min=0, help="How many of the last sweeps (or logs) form the validation split.")] = 0,
     name: Annotated[str, typer.Option(help="Name of the dataset.")] = "points",
+    xyz_step: XyzStep = 0.0,
+    processes: LogProcesses = 1,
 ) -> None:
-    """Prepare a folder of your own sweeps. Labels and poses are optional: pre-training needs neither."""
-    from picture3d.commands.data import prepare_points as command
+    """Prepare a folder of your own sweeps. Labels and poses are optional: pre-training needs neither.
 
-    _show(
+    Exit status 1 if a log with a damaged sweep was set aside; the others are prepared.
+    """
+    from picture3d.commands.prepare import prepare_points as command
+
+    _told(
         command(
             folder,
             out,
@@ -145,6 +169,8 @@ def prepare_points(
             poses=poses,
             val=val,
             name=name,
+            xyz_step=xyz_step,
+            processes=processes,
         )
     )
 
@@ -152,49 +178,70 @@ def prepare_points(
 @prepare_app.command("semantickitti")
 def prepare_semantickitti(
     raw: Annotated[Path, typer.Argument(help="Folder that holds sequences/NN/velodyne, labels, poses.txt, calib.txt.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the prepared frames.")],
+    out: PreparedOut,
     sweeps: Annotated[int, typer.Option(min=0, help="Earlier scans linked to each, where there are poses.")] = 9,
-    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out files that are not on disk.")] = False,
+    skip_missing: SkipMissing = False,
+    xyz_step: XyzStep = 0.0,
+    processes: LogProcesses = 1,
 ) -> None:
-    """Prepare SemanticKITTI: scans, poses of the LiDAR, labels and instances; official split."""
+    """Prepare SemanticKITTI: scans, poses of the LiDAR, labels and instances; official split.
+
+    Exit status 1 if a sequence with a damaged file was set aside; the others are prepared.
+    """
     from picture3d.commands.prepare import prepare_semantickitti as command
 
-    _show(command(raw, out, sweeps=sweeps, skip_missing=skip_missing))
+    _told(command(raw, out, sweeps=sweeps, skip_missing=skip_missing, xyz_step=xyz_step, processes=processes))
 
 
 @prepare_app.command("argoverse2")
 def prepare_argoverse2(
     raw: Annotated[Path, typer.Argument(help="Folder that holds train/, val/, test/ with the logs, or one log.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the prepared frames.")],
+    out: PreparedOut,
     sweeps: Annotated[int, typer.Option(min=0, help="Earlier sweeps linked to each.")] = 9,
-    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out files that are not on disk.")] = False,
+    skip_missing: SkipMissing = False,
+    xyz_step: XyzStep = 0.0,
+    processes: LogProcesses = 1,
 ) -> None:
-    """Prepare Argoverse 2 sensor logs: both LiDARs, poses, tracked boxes with velocities. Needs the extra `arrow`."""
+    """Prepare Argoverse 2 sensor logs: both LiDARs, poses, tracked boxes with velocities. Needs the extra `arrow`.
+
+    Exit status 1 if a log with a damaged file was set aside; the others are prepared.
+    """
     from picture3d.commands.prepare import prepare_argoverse2 as command
 
-    _show(command(raw, out, sweeps=sweeps, skip_missing=skip_missing))
+    _told(command(raw, out, sweeps=sweeps, skip_missing=skip_missing, xyz_step=xyz_step, processes=processes))
 
 
 @prepare_app.command("once")
 def prepare_once(
     raw: Annotated[Path, typer.Argument(help="Folder that holds data/<sequence>/ and ImageSets/.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the prepared frames.")],
+    out: PreparedOut,
     sweeps: Annotated[int, typer.Option(min=0, help="Earlier sweeps linked to each, where there are poses.")] = 4,
-    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out files that are not on disk.")] = False,
+    skip_missing: SkipMissing = False,
+    xyz_step: XyzStep = 0.0,
+    processes: LogProcesses = 1,
 ) -> None:
-    """Prepare ONCE: sweeps, poses, boxes of the annotated frames; the lists of ImageSets are the splits."""
+    """Prepare ONCE: sweeps, poses, boxes of the annotated frames; the lists of ImageSets are the splits.
+
+    Exit status 1 if a sequence with a damaged file was set aside; the others are prepared.
+    """
     from picture3d.commands.prepare import prepare_once as command
 
-    _show(command(raw, out, sweeps=sweeps, skip_missing=skip_missing))
+    _told(command(raw, out, sweeps=sweeps, skip_missing=skip_missing, xyz_step=xyz_step, processes=processes))
 
 
 @prepare_app.command("waymo")
 def prepare_waymo(
-    raw: Annotated[Path, typer.Argument(help="Folder of training/, validation/, testing/ with tfrecords or v2 components.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the prepared frames.")],
+    raw: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of training/, validation/, testing/ with tfrecords or v2 components; or of raw_data/ and ImageSets/."
+        ),
+    ],
+    out: PreparedOut,
     sweeps: Annotated[int, typer.Option(min=0, help="Earlier frames linked to each; fewer can be used when loading.")] = 9,
-    xyz_step: Annotated[float, typer.Option(min=0, help="Round coordinates to this many metres; 0 stores them exactly.")] = 0.0,
-    processes: Annotated[int, typer.Option(min=1, help="Segments prepared side by side; the bytes do not depend on it.")] = 1,
+    skip_missing: SkipMissing = False,
+    xyz_step: XyzStep = 0.0,
+    processes: LogProcesses = 1,
 ) -> None:
     """Prepare the Waymo Open Dataset, v1.x or v2: five LiDARs, both returns, poses, boxes, classes. No TensorFlow.
 
@@ -203,10 +250,7 @@ def prepare_waymo(
     """
     from picture3d.commands.prepare import prepare_waymo as command
 
-    text, whole = command(raw, out, sweeps=sweeps, xyz_step=xyz_step, processes=processes)
-    _show(text)
-    if not whole:
-        raise typer.Exit(1)
+    _told(command(raw, out, sweeps=sweeps, skip_missing=skip_missing, xyz_step=xyz_step, processes=processes))
 
 
 @prepare_app.command("occupancy")
@@ -220,10 +264,7 @@ def prepare_occupancy(
     """
     from picture3d.commands.prepare import prepare_occupancy as command
 
-    text, whole = command(labels, prepared)
-    _show(text)
-    if not whole:
-        raise typer.Exit(1)
+    _told(command(labels, prepared))
 
 
 @app.command()
@@ -240,8 +281,14 @@ def doctor(
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="Prepared frames, or the root of raw nuScenes, Waymo, ONCE or Argoverse 2.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Prepared frames, or the root of raw nuScenes, Waymo, SemanticKITTI, ONCE, Argoverse 2, or your own sweeps."
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+    layout: Annotated[str, typer.Option(help="Own sweeps: columns of .bin and .npy files.")] = "x,y,z,intensity",
 ) -> None:
     """Look for trouble before a long run: missing, cut or damaged files, NaN, impossible boxes, jumps in time and place.
 
@@ -249,10 +296,7 @@ def check(
     """
     from picture3d.commands.inspect import check as command
 
-    text, sound = command(folder, as_json=as_json)
-    _show(text)
-    if not sound:
-        raise typer.Exit(1)
+    _told(command(folder, as_json=as_json, layout=layout))
 
 
 @data_app.command("objects")
@@ -304,8 +348,8 @@ def data_projection(
     ],
     frames: Annotated[int, typer.Option(min=1, help="Frames that are prepared and timed.")] = 40,
     sweeps: Annotated[int, typer.Option(min=0, help="nuScenes: earlier sweeps kept for each keyframe.")] = 9,
-    xyz_step: Annotated[float, typer.Option(min=0, help="Round coordinates to this many metres; 0 stores them exactly.")] = 0.0,
-    processes: Annotated[int, typer.Option(min=1, help="Waymo: segments that will be prepared side by side.")] = 1,
+    xyz_step: XyzStep = 0.0,
+    processes: Annotated[int, typer.Option(min=1, help="How many logs will be prepared side by side.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """What preparing the full dataset will take: hours, bytes and memory, from a sample that is measured now.

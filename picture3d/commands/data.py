@@ -1,10 +1,10 @@
-"""`synth`, `prepare` and `targets`: everything that leaves data on disk."""
+"""`synth` and `targets`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from picture3d.datasets.prepared import PreparedDataset, PreparedSummary
+from picture3d.datasets.prepared import PreparedDataset
 from picture3d.errors import ConfigError
 from picture3d.files import job_share, sole_writer
 from picture3d.training.runlog import Progress
@@ -85,46 +85,6 @@ def _synth_waymo(out: Path, second: bool, *, scenes: int, frames: int, val_scene
     return f"{out}: raw Waymo {version}, {scenes} segments of {frames} frames. Next: picture3d prepare waymo {out} OUT"
 
 
-def prepare_nuscenes(raw: Path, out: Path, *, version: str, sweeps: int, skip_missing: bool) -> str:
-    """Prepares raw nuScenes; returns what to tell the user."""
-    from picture3d.datasets.nuscenes import prepare_nuscenes as prepare
-
-    with sole_writer(out, share=job_share()), Progress("prepare", unit="frames") as progress:
-        summary = prepare(raw, out, version=version, sweeps=sweeps, skip_missing=skip_missing, progress=progress)
-    return prepared_line(summary)
-
-
-def prepare_points(
-    folder: Path,
-    out: Path,
-    *,
-    layout: str,
-    intensity: str,
-    labels: Path | None,
-    label_set: str | None,
-    poses: Path | None,
-    val: int,
-    name: str,
-) -> str:
-    """Prepares a folder of sweeps; returns what to tell the user."""
-    from picture3d.datasets.point_files import prepare_points as prepare
-
-    with sole_writer(out, share=job_share()), Progress("prepare", unit="frames") as progress:
-        summary = prepare(
-            folder,
-            out,
-            layout=layout,
-            intensity_unit=intensity,
-            label_dir=labels,
-            label_set=label_set,
-            poses=poses,
-            val=val,
-            name=name,
-            progress=progress,
-        )
-    return prepared_line(summary)
-
-
 def targets(
     prepared: Path,
     *,
@@ -157,19 +117,3 @@ def targets(
         f"mean cosine {summary.mean_cosine:.4f}; teacher '{network.name}', {network.dimension} columns, "
         f"licence: {network.licence}"
     )
-
-
-def prepared_line(summary: PreparedSummary) -> str:
-    """What to tell the user of a finished preparation."""
-    parts = [
-        f"{summary.root}: {summary.logs} logs ({summary.logs_made} made now)",
-        f"{summary.frames} sweeps, {summary.keyframes} keyframes, {summary.labelled} of them labelled",
-        f"{summary.points:,} points, {summary.boxes:,} boxes",
-    ]
-    if summary.missing_files:
-        parts.append(f"{summary.missing_files} files were not on disk")
-    if summary.dropped_points:
-        parts.append(f"{summary.dropped_points:,} points were not finite and are left out")
-    if summary.set_aside:
-        parts.append(f"{len(summary.set_aside)} logs are set aside, their raw files are damaged")
-    return "; ".join(parts)

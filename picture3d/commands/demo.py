@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from picture3d.commands import data as data_commands
+from picture3d.commands.prepare import prepare_nuscenes
 from picture3d.commands.report import write_report
 from picture3d.commands.score import run_evaluation
 from picture3d.commands.train import run_finetuning, run_pretraining
@@ -100,7 +101,7 @@ def demo(out: Path, *, tiny: bool, threads: int) -> str:
     steps.run(
         "prepare",
         f"picture3d prepare nuscenes {raw} {prepared}",
-        lambda: data_commands.prepare_nuscenes(raw, prepared, version="v1.0-mini", sweeps=9, skip_missing=False),
+        lambda: prepare_nuscenes(raw, prepared, version="v1.0-mini", sweeps=9, skip_missing=False)[0],
     )
     steps.run(
         "targets",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from picture3d.datasets.check import CheckReport, check_prepared
+from picture3d.datasets.check import CheckReport, Finding, check_prepared
 from picture3d.datasets.check_argoverse2 import check_raw_argoverse2, is_raw_argoverse2
+from picture3d.datasets.check_nuscenes import check_raw_nuscenes, is_raw_nuscenes
 from picture3d.datasets.check_occupancy import with_occupancy
 from picture3d.datasets.check_once import check_raw_once, is_raw_once
-from picture3d.datasets.check_raw import check_raw_nuscenes, is_raw_nuscenes
+from picture3d.datasets.check_points import check_raw_points, is_raw_points
+from picture3d.datasets.check_semantickitti import check_raw_semantickitti, is_raw_semantickitti
 from picture3d.datasets.check_waymo import check_raw_waymo, check_raw_waymo_v2
 from picture3d.datasets.object_database import databases_of
 from picture3d.datasets.occupancy_store import OccupancyStore, has_occupancy
@@ -21,9 +24,16 @@ from picture3d.formats.remote import remote_url
 from picture3d.structures.frame import Frame
 from picture3d.training.runlog import Progress
 
+_FINDINGS_SHOWN = 5  # of one kind
 
-def check(folder: Path, *, as_json: bool) -> tuple[str, bool]:
+
+def check(folder: Path, *, as_json: bool, layout: str = "x,y,z,intensity") -> tuple[str, bool]:
     """Checks prepared or raw data; returns what to tell the user and whether the data is sound.
+
+    Args:
+        folder: what to look at; its kind is seen from its files.
+        as_json: tell it as JSON.
+        layout: columns of the user's own ``.bin`` and ``.npy`` sweeps.
 
     Raises:
         DataError: if the folder holds neither prepared frames nor raw data of a known kind.
@@ -39,11 +49,16 @@ def check(folder: Path, *, as_json: bool) -> tuple[str, bool]:
             report = check_raw_once(folder, progress=progress)
         elif is_raw_argoverse2(folder):
             report = check_raw_argoverse2(folder, progress=progress)
+        elif is_raw_semantickitti(folder):
+            report = check_raw_semantickitti(folder, progress=progress)
+        elif is_raw_points(folder):
+            report = check_raw_points(folder, layout=layout, progress=progress)
         else:
             raise DataError(
                 f"{folder}: neither prepared frames (no dataset.json) nor raw nuScenes (no v1.0-*/scene.json) nor raw Waymo "
-                "(no tfrecord or lidar/*.parquet in training/, validation/ or testing/) nor ONCE (no data/<sequence>/) nor "
-                "Argoverse 2 (no log with sensors/lidar/). Name the folder that holds one of these."
+                "(no tfrecord or lidar/*.parquet in training/, validation/, testing/ or raw_data/) nor ONCE (no "
+                "data/<sequence>/) nor Argoverse 2 (no log with sensors/lidar/) nor SemanticKITTI (no sequences/*/velodyne/) "
+                "nor sweeps (.bin .pcd .npy .ply). Name the folder that holds one of these."
             )
     return (json.dumps(report.to_json()) if as_json else _check_text(report)), report.sound
 
@@ -120,14 +135,29 @@ def _check_text(report: CheckReport) -> str:
             width = max(len(name) for name in table)
             lines += [f"  {name:<{width}}  {count:>13,}  {100 * count / total:5.1f} %" for name, count in table.items()]
     errors = sum(finding.level == "error" for finding in report.findings)
-    for finding in sorted(report.findings, key=lambda f: f.level):
-        times = f" ({finding.count} times)" if finding.count > 1 else ""
-        lines.append(f"{finding.level}: {finding.kind}{times}: {finding.where}: {finding.what}")
+    lines += _finding_lines(report.findings)
     warnings = len(report.findings) - errors
     lines.append("sound" if errors == 0 else f"not sound: {errors} errors")
     if warnings:
         lines[-1] += f", {warnings} warnings"
     return "\n".join(lines)
+
+
+def _finding_lines(findings: Sequence[Finding]) -> list[str]:
+    """Errors before warnings; of a kind of trouble that many logs have, the first ones and how many have it."""
+    kinds: dict[tuple[str, str], list[Finding]] = {}
+    for finding in sorted(findings, key=lambda f: f.level):
+        kinds.setdefault((finding.level, finding.kind), []).append(finding)
+    lines: list[str] = []
+    for (level, kind), alike in kinds.items():
+        shown = alike if len(alike) <= _FINDINGS_SHOWN + 1 else alike[:_FINDINGS_SHOWN]
+        for finding in shown:
+            times = f" ({finding.count} times)" if finding.count > 1 else ""
+            lines.append(f"{level}: {kind}{times}: {finding.where}: {finding.what}")
+        if len(alike) > len(shown):
+            more, times = alike[len(shown) :], sum(finding.count for finding in alike)
+            lines.append(f"{level}: {kind}: {len(more)} more places, {times} times in all; --json names each")
+    return lines
 
 
 def _info_text(info: dict[str, object]) -> str:

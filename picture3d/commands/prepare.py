@@ -1,43 +1,94 @@
-"""`picture3d prepare waymo`, `prepare semantickitti`, `prepare argoverse2` and `prepare once`."""
+"""`picture3d prepare ...`: raw logs of every kind -> prepared frames; occupancy labels beside them.
+
+Each function returns what to tell the user, and whether everything could be read: a log with a damaged file is set aside.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
-from picture3d.commands.data import prepared_line
+from picture3d.datasets.prepared import PreparedSummary
+from picture3d.datasets.preparing import Progress as ProgressCallback
 from picture3d.files import job_share, sole_writer
+from picture3d.formats.columns import PLANES, Codec, CodecKind
 from picture3d.training.runlog import Progress
 
 
-def prepare_semantickitti(raw: Path, out: Path, *, sweeps: int, skip_missing: bool) -> str:
-    """Prepares SemanticKITTI; returns what to tell the user."""
+def prepare_nuscenes(
+    raw: Path, out: Path, *, version: str, sweeps: int, skip_missing: bool, xyz_step: float = 0.0, processes: int = 1
+) -> tuple[str, bool]:
+    """Prepares raw nuScenes."""
+    from picture3d.datasets.nuscenes import prepare_nuscenes as prepare
+
+    chosen = partial(prepare, raw, out, version=version, sweeps=sweeps, skip_missing=skip_missing)
+    return _prepared(out, chosen, xyz_step, processes)
+
+
+def prepare_points(
+    folder: Path,
+    out: Path,
+    *,
+    layout: str,
+    intensity: str,
+    labels: Path | None,
+    label_set: str | None,
+    poses: Path | None,
+    val: int,
+    name: str,
+    xyz_step: float = 0.0,
+    processes: int = 1,
+) -> tuple[str, bool]:
+    """Prepares a folder of sweeps."""
+    from picture3d.datasets.point_files import prepare_points as prepare
+
+    chosen = partial(
+        prepare,
+        folder,
+        out,
+        layout=layout,
+        intensity_unit=intensity,
+        label_dir=labels,
+        label_set=label_set,
+        poses=poses,
+        val=val,
+        name=name,
+    )
+    return _prepared(out, chosen, xyz_step, processes)
+
+
+def prepare_semantickitti(
+    raw: Path, out: Path, *, sweeps: int, skip_missing: bool, xyz_step: float = 0.0, processes: int = 1
+) -> tuple[str, bool]:
+    """Prepares SemanticKITTI."""
     from picture3d.datasets.semantickitti import prepare_semantickitti as prepare
 
-    with sole_writer(out, share=job_share()), Progress("prepare", unit="frames") as progress:
-        return prepared_line(prepare(raw, out, sweeps=sweeps, skip_missing=skip_missing, progress=progress))
+    return _prepared(out, partial(prepare, raw, out, sweeps=sweeps, skip_missing=skip_missing), xyz_step, processes)
 
 
-def prepare_argoverse2(raw: Path, out: Path, *, sweeps: int, skip_missing: bool) -> str:
-    """Prepares Argoverse 2 sensor logs; returns what to tell the user."""
+def prepare_argoverse2(
+    raw: Path, out: Path, *, sweeps: int, skip_missing: bool, xyz_step: float = 0.0, processes: int = 1
+) -> tuple[str, bool]:
+    """Prepares Argoverse 2 sensor logs."""
     from picture3d.datasets.argoverse2 import prepare_argoverse2 as prepare
 
-    with sole_writer(out, share=job_share()), Progress("prepare", unit="frames") as progress:
-        return prepared_line(prepare(raw, out, sweeps=sweeps, skip_missing=skip_missing, progress=progress))
+    return _prepared(out, partial(prepare, raw, out, sweeps=sweeps, skip_missing=skip_missing), xyz_step, processes)
 
 
-def prepare_once(raw: Path, out: Path, *, sweeps: int, skip_missing: bool) -> str:
-    """Prepares ONCE; returns what to tell the user."""
+def prepare_once(
+    raw: Path, out: Path, *, sweeps: int, skip_missing: bool, xyz_step: float = 0.0, processes: int = 1
+) -> tuple[str, bool]:
+    """Prepares ONCE."""
     from picture3d.datasets.once import prepare_once as prepare
 
-    with sole_writer(out, share=job_share()), Progress("prepare", unit="frames") as progress:
-        return prepared_line(prepare(raw, out, sweeps=sweeps, skip_missing=skip_missing, progress=progress))
+    return _prepared(out, partial(prepare, raw, out, sweeps=sweeps, skip_missing=skip_missing), xyz_step, processes)
 
 
-def prepare_waymo(raw: Path, out: Path, *, sweeps: int, xyz_step: float, processes: int) -> tuple[str, bool]:
+def prepare_waymo(
+    raw: Path, out: Path, *, sweeps: int, skip_missing: bool = False, xyz_step: float = 0.0, processes: int = 1
+) -> tuple[str, bool]:
     """Prepares the Waymo Open Dataset, v1.x or v2, whichever lies in `raw`.
-
-    Returns:
-        What to tell the user, and whether every segment could be read.
 
     Raises:
         ConfigError: if it is v2 and pyarrow is not installed.
@@ -45,13 +96,36 @@ def prepare_waymo(raw: Path, out: Path, *, sweeps: int, xyz_step: float, process
     """
     from picture3d.datasets.waymo import prepare_waymo as prepare_v1
     from picture3d.datasets.waymo_v2 import prepare_waymo_v2, waymo_version
-    from picture3d.formats.columns import PLANES, Codec, CodecKind
 
-    prepare = prepare_waymo_v2 if waymo_version(raw) == 2 else prepare_v1
+    if waymo_version(raw) == 2:  # what is missing there is a component, and its segment is set aside
+        return _prepared(out, partial(prepare_waymo_v2, raw, out, sweeps=sweeps), xyz_step, processes)
+    return _prepared(out, partial(prepare_v1, raw, out, sweeps=sweeps, skip_missing=skip_missing), xyz_step, processes)
+
+
+class _Prepare(Protocol):
+    def __call__(self, *, xyz_codec: Codec, processes: int, progress: ProgressCallback) -> PreparedSummary: ...
+
+
+def _prepared(out: Path, prepare: _Prepare, xyz_step: float, processes: int) -> tuple[str, bool]:
     codec = Codec(CodecKind.GRID, xyz_step) if xyz_step else PLANES
     with sole_writer(out, share=job_share()), Progress("prepare", unit="frames") as progress:
-        summary = prepare(raw, out, sweeps=sweeps, xyz_codec=codec, processes=processes, progress=progress)
-    return "\n".join([*summary.set_aside, prepared_line(summary)]), not summary.set_aside
+        summary = prepare(xyz_codec=codec, processes=processes, progress=progress)
+    return "\n".join([*summary.set_aside, _summary_line(summary)]), not summary.set_aside
+
+
+def _summary_line(summary: PreparedSummary) -> str:
+    parts = [
+        f"{summary.root}: {summary.logs} logs ({summary.logs_made} made now)",
+        f"{summary.frames} sweeps, {summary.keyframes} keyframes, {summary.labelled} of them labelled",
+        f"{summary.points:,} points, {summary.boxes:,} boxes",
+    ]
+    if summary.missing_files:
+        parts.append(f"{summary.missing_files} files were not on disk")
+    if summary.dropped_points:
+        parts.append(f"{summary.dropped_points:,} points were not finite and are left out")
+    if summary.set_aside:
+        parts.append(f"{len(summary.set_aside)} logs are set aside, their raw files are damaged")
+    return "; ".join(parts)
 
 
 def prepare_occupancy(labels: Path, prepared: Path) -> tuple[str, bool]:

@@ -61,11 +61,9 @@ def _text(folder: Path, measured: Measured, projections: list[Projection], proce
         lines.append(f"  peak memory          {measured.peak_bytes / 1e9:.2f} GB")
     if measured.table_scenes:
         lines.append(f"  tables               {measured.table_seconds:.2f} s, {measured.table_scenes} scenes")
-    if measured.kind == "nuscenes":
-        processes = 1  # its tables are read once; `prepare nuscenes` has no --processes
     rows = [("", "keyframes", "core hours", f"hours, {processes} at once", "bytes", "peak memory", "one epoch")]
     for projection in projections:
-        hours, peak, full = projection.hours, projection.peak_bytes, projection.full
+        hours, peak, full = projection.hours, projection.memory(processes), projection.full
         rows.append(
             (
                 f"{full.dataset} {full.split}",
@@ -73,7 +71,7 @@ def _text(folder: Path, measured: Measured, projections: list[Projection], proce
                 "" if hours is None else f"{hours:.2f} h",
                 "" if hours is None else f"{hours / processes:.2f} h",
                 f"{projection.bytes / 1e9:,.1f} GB",
-                "" if peak is None else f"{peak * processes / 1e9:.2f} GB",
+                "" if peak is None else f"{peak / 1e9:.2f} GB",
                 f"{projection.epoch_hours:.2f} h",
             )
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from picture3d.datasets.preparing import (
     check_clock,
     checksum,
     checksum_file,
+    damaged_plan,
+    file_size,
     finite_points,
+    keep_points,
     previous_sweeps,
     refuse_missing,
     write_logs,
@@ -104,14 +108,14 @@ class ArgoverseLog:
         """
         path = self.files[index]
         points = read_sweep(path)
-        finite, lost = finite_points(points)
+        points, _, _, lost = keep_points(finite_points(points), points)
         time = int(path.stem)
         frame = Frame(
             log=self.name,
             index=index,
             token=path.stem,
             timestamp_us=time // 1000,
-            points=points.select(finite) if lost else points,
+            points=points,
             global_from_ego=self.poses[time],
             ego_from_lidar=Pose.identity(),
             boxes=None if self.annotations is None else self.annotations.boxes(time),
@@ -143,9 +147,10 @@ def prepare_argoverse2(
     skip_missing: bool = False,
     name: str = "argoverse2",
     xyz_codec: Codec = PLANES,
+    processes: int = 1,
     progress: Progress | None = None,
 ) -> PreparedSummary:
-    """Prepares the sensor logs on disk; a rerun makes only what is missing.
+    """Prepares the sensor logs on disk; a rerun makes only what is missing. A log with a damaged file is set aside.
 
     All sweeps of a log are keyframes. Points and boxes are in the ego frame of the sweep's time, as the dataset stores them
     (both LiDARs merged, ego motion within the sweep removed), so ``ego_from_lidar`` is the identity; `ring` is the laser number
@@ -160,11 +165,12 @@ def prepare_argoverse2(
         skip_missing: leave out sweeps that are annotated but not on disk, and say how many.
         name: name of the dataset.
         xyz_codec: how coordinates are stored; the default is lossless.
+        processes: logs made side by side. The bytes do not depend on it.
         progress: called with (frames done, frames in all).
 
     Raises:
         ConfigError: if pyarrow is not installed.
-        DataError: if there is nothing to read, or files are missing, damaged or contradict each other.
+        DataError: if there is nothing to read, files are missing (unless `skip_missing`), or no log could be read.
     """
     settings = {"preparer": _PREPARER, "sweeps": sweeps, "xyz_codec": str(xyz_codec)}
     plans: list[LogPlan] = []
@@ -172,10 +178,14 @@ def prepare_argoverse2(
     splits: dict[str, list[str]] = {}
     for split, folders in argoverse2_logs(raw).items():
         for folder in folders:
-            plan, absent = _plan(folder, name, settings)
-            plans.append(plan)
-            missing += absent
-            splits.setdefault(split, []).append(folder.name)
+            log = folder.resolve().name
+            splits.setdefault(split, []).append(log)
+            try:
+                plan, absent = _plan(folder, name, settings)
+                plans.append(plan)
+                missing += absent
+            except DataError as error:
+                plans.append(damaged_plan(LogHeader(log, name, None, settings), error))
     refuse_missing(raw, missing, skip_missing=skip_missing)
     return write_logs(
         out,
@@ -185,6 +195,7 @@ def prepare_argoverse2(
         splits=splits,
         missing_files=len(missing),
         xyz_codec=xyz_codec,
+        processes=processes,
         progress=progress,
     )
 
@@ -350,11 +361,11 @@ def _plan(folder: Path, dataset: str, settings: dict[str, Any]) -> tuple[LogPlan
     files, missing = _sweeps(folder)
     tables = [folder / name for name in _TABLES]
     _refuse_no_pose(files, read_city_poses(tables[0]), tables[0])
-    sizes = [[path.name, path.stat().st_size] for path in files]
+    sizes = [[path.name, file_size(path)] for path in files]
     # Tables are read in full for the checksum: an edited box seldom changes the size of its file.
     contents = [checksum_file(path) for path in tables if path.exists()]
     header = LogHeader(folder.resolve().name, dataset, None, {**settings, "raw_crc32c": checksum([*sizes, contents])})
-    return LogPlan(header, len(files), lambda: _frames(folder, settings["sweeps"])), missing
+    return LogPlan(header, len(files), partial(_frames, folder, settings["sweeps"])), missing
 
 
 def _frames(folder: Path, sweeps: int) -> Iterator[tuple[Frame, int]]:

@@ -29,7 +29,6 @@ def look_through(log: str, frames: Iterable[tuple[str, ReadFrame]], tally: Tally
     tally.counts["logs"] += 1
     try:
         for where, read in frames:
-            tally.counts["keyframes"] += 1
             try:
                 frame, lost = read()
             except DataError as error:
@@ -37,6 +36,7 @@ def look_through(log: str, frames: Iterable[tuple[str, ReadFrame]], tally: Tally
                 continue
             if lost:
                 found.add("warning", "not-finite", f"{where}: {lost} points are not finite and will be left out", lost)
+            tally.counts["keyframes"] += int(frame.is_keyframe)
             found.look_at(frame, labels)
             tally.add(frame, labels)
     except DataError as error:

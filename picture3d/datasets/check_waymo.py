@@ -9,7 +9,7 @@ from pathlib import Path
 from picture3d.datasets.check import CheckReport, Finding, ProgressCallback, Tally
 from picture3d.datasets.check_frames import ReadFrame, look_through
 from picture3d.datasets.label_sets import WAYMO
-from picture3d.datasets.waymo import SPLIT_FOLDERS, frame_of_waymo, segment_files, segment_name
+from picture3d.datasets.waymo import SPLIT_FOLDERS, frame_of_waymo, segment_name, waymo_segments
 from picture3d.datasets.waymo_v2 import segments_of
 from picture3d.formats.tfrecord import read_records
 from picture3d.formats.waymo_frame import read_frame
@@ -17,29 +17,29 @@ from picture3d.formats.waymo_v2 import BOX, REQUIRED, component_file, read_segme
 from picture3d.structures.frame import Frame
 
 
-def is_raw_waymo(folder: Path) -> bool:
-    """True if a folder holds tfrecords in ``training/``, ``validation/`` or ``testing/``."""
-    return any(segment_files(folder / split) for split in SPLIT_FOLDERS)
-
-
 def check_raw_waymo(raw: Path, *, progress: ProgressCallback | None = None) -> CheckReport:
     """Reads every segment of v1 whole, one frame in memory at a time; the kinds of trouble are those of ``check.py``.
 
     Damage inside of a frame is noted and the next frame is looked at; behind a damaged record nothing of a file can be read.
-    A segment that is in two splits is an error too.
+    A segment that is in two splits is an error too, as are segments that a list names and that are not there.
 
     Args:
-        raw: the folder that holds ``training/``, ``validation/`` or ``testing/``.
+        raw: the folder that :func:`picture3d.datasets.waymo.waymo_segments` takes.
         progress: called with (segments read, segments in all).
+
+    Raises:
+        DataError: if the lists of the splits contradict each other.
     """
-    segments = [(path, folder) for folder in SPLIT_FOLDERS for path in segment_files(raw / folder)]
+    segments, missing = waymo_segments(raw)
     tally = Tally()
     findings: list[Finding] = []
+    if missing:
+        findings.append(Finding("error", "missing", str(raw), f"listed and not on disk: {missing[0]}", len(missing)))
     home: dict[str, Path] = {}
-    for done, (path, folder) in enumerate(segments, start=1):
+    for done, (path, split) in enumerate(segments, start=1):
         log = segment_name(path)
         findings += _twice(log, path, home)
-        findings += look_through(log, _records(path, log, annotated=SPLIT_FOLDERS[folder] != "test"), tally, WAYMO)
+        findings += look_through(log, _records(path, log, annotated=split != "test"), tally, WAYMO)
         if progress is not None:
             progress(done, len(segments))
     return tally.report(raw, findings)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.datasets.label_sets import NUSCENES_32
 from picture3d.datasets.nuscenes_splits import official_split
 from picture3d.datasets.prepared import LogHeader, PreparedSummary
-from picture3d.datasets.preparing import LogPlan, Progress, write_logs
+from picture3d.datasets.preparing import (
+    LogPlan,
+    Progress,
+    checksum,
+    finite_points,
+    keep_points,
+    refuse_missing,
+    write_logs,
+)
 from picture3d.errors import DataError
 from picture3d.files import read_json_object
 from picture3d.formats.columns import PLANES, Codec
 from picture3d.formats.nuscenes_tables import (
     RawAnnotation,
+    RawScene,
     RawSweep,
     RawTables,
     path_inside,
@@ -36,6 +43,7 @@ from picture3d.structures.points import IntensityUnit, PointCloud
 from picture3d.structures.poses import Pose
 
 SPLITS_FILE = "picture3d_splits.json"
+LABEL_FOLDERS = ("lidarseg", "panoptic")
 _PREPARER = "nuscenes/2"  # raise when the same raw data would give other prepared frames
 _MAX_SPLITS_BYTES = 1 << 24
 _MAX_TIME_DIFF_S = 1.5  # a velocity over a longer gap is unknown; twice as much for a central difference
@@ -46,6 +54,7 @@ class _Plan:
     """What one log will hold."""
 
     header: LogHeader
+    tables: RawTables  # of its scene alone, so that a process that makes it is sent no more than it needs
     sweeps: tuple[RawSweep, ...]  # kept ones, in order of time
     previous: tuple[tuple[int, ...], ...]  # of each, indices into `sweeps`, newest first
 
@@ -59,42 +68,43 @@ def prepare_nuscenes(
     skip_missing: bool = False,
     name: str | None = None,
     xyz_codec: Codec = PLANES,
+    processes: int = 1,
     progress: Progress | None = None,
 ) -> PreparedSummary:
     """Prepares a raw nuScenes dataset; a rerun makes only what is missing.
 
     A log holds the scene's LIDAR_TOP keyframes and the `sweeps` sweeps before each. Points are in the LiDAR frame of their own
     sweep. Boxes are in the LiDAR frame of their keyframe, all of them kept, with the number of LiDAR points that the
-    table states and the velocity as the devkit defines it (see :func:`velocity_global`), NaN where it is unknown.
+    table states and the velocity as the devkit defines it (see :func:`velocity_global`), NaN where it is unknown. A scene with
+    a damaged file is set aside.
 
     Args:
-        raw: the folder that holds ``samples/``, ``sweeps/``, ``v1.0-*/`` and, for labels, ``lidarseg/``.
+        raw: the folder that holds ``samples/``, ``sweeps/``, ``v1.0-*/`` and, for labels, ``lidarseg/`` and ``panoptic/``;
+            these two may lie beside it as well.
         out: folder for the prepared frames.
         version: name of the table folder.
         sweeps: how many earlier sweeps are kept for each keyframe.
         skip_missing: leave out files that tables list and that are not on disk, and say how many.
         name: name of the dataset; by default ``nuscenes-`` and the version.
         xyz_codec: how coordinates are stored; the default is lossless.
+        processes: scenes made side by side; the tables are read once. The bytes do not depend on it.
         progress: called with (frames done, frames in all).
 
     Raises:
-        DataError: if tables or files are missing (unless `skip_missing`), damaged, or contradict each other.
+        DataError: if tables are missing, damaged or contradict each other, files are missing (unless `skip_missing`), or no
+            scene could be read.
     """
     tables = read_tables(raw, version)
     _check_categories(tables, raw / version)
     name = name or f"nuscenes-{version}"
     settings = {"preparer": _PREPARER, "version": version, "sweeps": sweeps, "xyz_codec": str(xyz_codec)}
-    plans, missing = _plan(raw, tables, name, sweeps, settings)
-    if missing and not skip_missing:
-        raise DataError(
-            f"{raw}: {len(missing)} files that the tables list are not on disk, the first is {missing[0]}. "
-            "Download the archives that hold them, or pass --skip-missing to leave these out."
-        )
+    plans, missing = _plans(raw, tables, name, sweeps, settings)
+    refuse_missing(raw, missing, skip_missing=skip_missing)
     splits = _splits(raw, version, [plan.header.log for plan in plans])
     if not plans:
         raise DataError(f"{raw}: no LIDAR_TOP sweep of {version} is on disk. Download samples/LIDAR_TOP first.")
 
-    logs = [LogPlan(plan.header, len(plan.sweeps), partial(_frames, raw, tables, plan)) for plan in plans]
+    logs = [LogPlan(plan.header, len(plan.sweeps), partial(_frames, raw, plan)) for plan in plans]
     return write_logs(
         out,
         logs,
@@ -103,6 +113,7 @@ def prepare_nuscenes(
         splits=splits,
         missing_files=len(missing),
         xyz_codec=xyz_codec,
+        processes=processes,
         progress=progress,
     )
 
@@ -116,9 +127,9 @@ def nuscenes_frames(raw: Path, tables: RawTables, version: str, *, sweeps: int =
         DataError: if a file is damaged.
     """
     for scene in tables.scenes:
-        plans, _ = _plan(raw, replace(tables, scenes=(scene,)), "nuscenes", sweeps, {"version": version})
-        for plan in plans:
-            yield from _frames(raw, tables, plan)
+        plan, _ = _plan(raw, tables, scene, "nuscenes", sweeps, {"version": version})
+        if plan is not None:
+            yield from _frames(raw, plan)
 
 
 def velocity_global(annotation: RawAnnotation, tables: RawTables) -> NDArray[np.float64]:
@@ -158,40 +169,52 @@ def boxes_in_lidar(sample_token: str, global_from_lidar: Pose, tables: RawTables
     )
 
 
-def _plan(raw: Path, tables: RawTables, dataset: str, sweeps: int, settings: dict[str, Any]) -> tuple[list[_Plan], list[str]]:
+def _plans(raw: Path, tables: RawTables, dataset: str, sweeps: int, settings: dict[str, Any]) -> tuple[list[_Plan], list[str]]:
     """One plan per scene that has a sweep on disk, and the listed files that are not there."""
-    plans: list[_Plan] = []
+    plans: dict[str, _Plan] = {}
     missing: list[str] = []
     for scene in tables.scenes:
-        present: list[RawSweep] = []
-        sizes: dict[str, int] = {}
-        listed = tables.sweeps[scene.token]
-        for sweep in _needed(listed, sweeps):
-            size = _size(raw, sweep.filename)
-            if size < 0:
-                missing.append(sweep.filename)
-                continue
-            for label_file in (sweep.lidarseg, sweep.panoptic):
-                if label_file is not None:
-                    sizes[label_file] = _size(raw, label_file)
-                    if sizes[label_file] < 0:
-                        missing.append(label_file)
-            sizes[sweep.filename] = size
-            present.append(sweep)
-        if not present:
+        plan, absent = _plan(raw, tables, scene, dataset, sweeps, settings)
+        missing += absent
+        if plan is None:
             continue
-        if any(plan.header.log == scene.name for plan in plans):
+        if scene.name in plans:
             raise DataError(f"{raw / settings['version'] / 'scene.json'}: two scenes are called {scene.name!r}")
-        keyframe_samples = [sweep.sample_token for sweep in present if sweep.is_keyframe]
-        source: dict[str, Any] = {
-            **settings,
-            "scene": scene.token,
-            "keyframe_samples": keyframe_samples,
-            "raw_crc32c": _fingerprint(present, sizes, keyframe_samples, tables),
-        }
-        header = LogHeader(log=scene.name, dataset=dataset, label_set=NUSCENES_32.name, source=source)
-        plans.append(_Plan(header, tuple(present), _links(listed, present, sweeps)))
-    return plans, missing
+        plans[scene.name] = plan
+    return list(plans.values()), missing
+
+
+def _plan(
+    raw: Path, tables: RawTables, scene: RawScene, dataset: str, sweeps: int, settings: dict[str, Any]
+) -> tuple[_Plan | None, list[str]]:
+    """What the log of a scene will hold, None if it has no sweep on disk, and the listed files that are not there."""
+    present: list[RawSweep] = []
+    missing: list[str] = []
+    sizes: dict[str, int] = {}
+    listed = tables.sweeps[scene.token]
+    for sweep in _needed(listed, sweeps):
+        size = _size(path_inside(raw, sweep.filename))
+        if size < 0:
+            missing.append(sweep.filename)
+            continue
+        for label_file in (sweep.lidarseg, sweep.panoptic):
+            if label_file is not None:
+                sizes[label_file] = _size(label_path(raw, label_file))
+                if sizes[label_file] < 0:
+                    missing.append(label_file)
+        sizes[sweep.filename] = size
+        present.append(sweep)
+    if not present:
+        return None, missing
+    keyframe_samples = [sweep.sample_token for sweep in present if sweep.is_keyframe]
+    source: dict[str, Any] = {
+        **settings,
+        "scene": scene.token,
+        "keyframe_samples": keyframe_samples,
+        "raw_crc32c": _fingerprint(present, sizes, keyframe_samples, tables),
+    }
+    header = LogHeader(log=scene.name, dataset=dataset, label_set=NUSCENES_32.name, source=source)
+    return _Plan(header, tables.of_scene(scene), tuple(present), _links(listed, present, sweeps)), missing
 
 
 def _needed(listed: tuple[RawSweep, ...], sweeps: int) -> list[RawSweep]:
@@ -210,40 +233,47 @@ def _links(listed: tuple[RawSweep, ...], kept: list[RawSweep], sweeps: int) -> t
     return tuple(tuple(j for j in range(i - 1, -1, -1) if at[i] - at[j] <= sweeps)[:sweeps] for i in range(len(kept)))
 
 
-def _frames(raw: Path, tables: RawTables, plan: _Plan) -> Iterator[tuple[Frame, int]]:
+def _frames(raw: Path, plan: _Plan) -> Iterator[tuple[Frame, int]]:
     """The frames of a log, and how many points each lost because they were not finite."""
     for index, sweep in enumerate(plan.sweeps):
-        path = path_inside(raw, sweep.filename)
-        columns = read_sweep(path)
-        labels = _per_point(raw, sweep.lidarseg, read_lidarseg, len(columns), path)
-        instances = _per_point(raw, sweep.panoptic, read_panoptic, len(columns), path)
-        finite = np.isfinite(columns).all(axis=1)
-        lost = len(columns) - int(finite.sum())
-        if lost:
-            columns = columns[finite]
-            labels = None if labels is None else labels[finite]
-            instances = None if instances is None else instances[finite]
-        points = PointCloud(
-            xyz=np.ascontiguousarray(columns[:, :3]),
-            intensity=np.ascontiguousarray(columns[:, 3]),
-            intensity_unit=IntensityUnit.RAW_255,
-            ring=np.clip(columns[:, 4], 0, 32767).astype(np.int16),
-        )
-        frame = Frame(
-            log=plan.header.log,
-            index=index,
-            token=sweep.token,
-            timestamp_us=sweep.timestamp_us,
-            points=points,
-            global_from_ego=sweep.global_from_ego,
-            ego_from_lidar=sweep.ego_from_lidar,
-            is_keyframe=sweep.is_keyframe,
-            labels=labels,
-            instances=instances,
-            boxes=_boxes(sweep, tables),
-            previous=plan.previous[index],
-        )
-        yield frame, lost
+        yield frame_of_sweep(raw, plan.tables, sweep, plan.header.log, index, previous=plan.previous[index])
+
+
+def frame_of_sweep(
+    raw: Path, tables: RawTables, sweep: RawSweep, log: str, index: int, *, previous: tuple[int, ...] = ()
+) -> tuple[Frame, int]:
+    """A frame, and how many points it lost because they were not finite. Labels whose file is not on disk are left out.
+
+    Raises:
+        DataError: if a file is missing or damaged, or labels and points are not as many.
+    """
+    path = path_inside(raw, sweep.filename)
+    columns = read_sweep(path)
+    labels = _per_point(raw, sweep.lidarseg, read_lidarseg, len(columns), path)
+    instances = _per_point(raw, sweep.panoptic, read_panoptic, len(columns), path)
+    points = PointCloud(
+        xyz=np.ascontiguousarray(columns[:, :3]),
+        intensity=np.ascontiguousarray(columns[:, 3]),
+        intensity_unit=IntensityUnit.RAW_255,
+        ring=np.clip(np.nan_to_num(columns[:, 4], nan=0), 0, 32767).astype(np.int16),
+    )
+    finite = finite_points(points) & np.isfinite(columns[:, 4])
+    points, labels, instances, lost = keep_points(finite, points, labels, instances)
+    frame = Frame(
+        log=log,
+        index=index,
+        token=sweep.token,
+        timestamp_us=sweep.timestamp_us,
+        points=points,
+        global_from_ego=sweep.global_from_ego,
+        ego_from_lidar=sweep.ego_from_lidar,
+        is_keyframe=sweep.is_keyframe,
+        labels=labels,
+        instances=instances,
+        boxes=_boxes(sweep, tables),
+        previous=previous,
+    )
+    return frame, lost
 
 
 def _boxes(sweep: RawSweep, tables: RawTables) -> Boxes | None:
@@ -254,38 +284,55 @@ def _boxes(sweep: RawSweep, tables: RawTables) -> Boxes | None:
 
 def _per_point(raw: Path, filename: str | None, read: Callable[[Path], Any], count: int, sweep: Path) -> Any:
     """The labels of a sweep, or None where none are listed or their file is among those left out."""
-    if filename is None or _size(raw, filename) < 0:
+    if filename is None:
         return None
-    labels = read(path_inside(raw, filename))
+    path = label_path(raw, filename)
+    if _size(path) < 0:
+        return None
+    labels = read(path)
     if len(labels) != count:
-        raise DataError(f"{raw / filename}: {len(labels)} labels for the {count} points of {sweep}. Download both again.")
+        raise DataError(f"{path}: {len(labels)} labels for the {count} points of {sweep}. Download both again.")
     return labels
 
 
-def _size(raw: Path, filename: str) -> int:
-    """Bytes of a listed file, or -1 if it is not there."""
+def label_path(raw: Path, filename: str) -> Path:
+    """Where a file of labels lies that a table names: in the raw folder, or in ``lidarseg/`` or ``panoptic/`` beside it.
+
+    Raises:
+        DataError: if the name steps out of the folder.
+    """
+    path = path_inside(raw, filename)
+    first = PurePosixPath(filename).parts[0]
+    if first in LABEL_FOLDERS and not (raw / first).exists() and (raw.resolve().parent / first).is_dir():
+        return path_inside(raw.resolve().parent, filename)
+    return path
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or -1 if it is not there."""
     try:
-        return path_inside(raw, filename).stat().st_size
+        return path.stat().st_size
     except OSError:
         return -1
 
 
 def _fingerprint(sweeps: list[RawSweep], sizes: dict[str, int], samples: list[str], tables: RawTables) -> int:
     """A checksum of what a log is made from: tables in full, files by name and size."""
-    crc = 0
-    for sweep in sweeps:
-        poses = [p.matrix[:3].ravel().tolist() for p in (sweep.global_from_ego, sweep.ego_from_lidar)]
-        files = [(file, sizes.get(file)) for file in (sweep.filename, sweep.lidarseg, sweep.panoptic) if file]
-        line = [sweep.token, sweep.timestamp_us, sweep.is_keyframe, files, poses]
-        crc = google_crc32c.extend(crc, json.dumps(line).encode())
-    for sample in samples:
-        for token in tables.of_sample.get(sample, ()):
-            annotation = tables.annotations[token]
-            line = [annotation.translation, annotation.size_wlh, annotation.rotation, annotation.instance_token]
-            line += [annotation.category, annotation.prev, annotation.next, annotation.num_lidar_pts]
-            line += [annotation.num_radar_pts, annotation.attribute]
-            crc = google_crc32c.extend(crc, json.dumps(line).encode())
-    return crc
+
+    def lines() -> Iterator[list[object]]:
+        for sweep in sweeps:
+            poses = [p.matrix[:3].ravel().tolist() for p in (sweep.global_from_ego, sweep.ego_from_lidar)]
+            files = [(file, sizes.get(file)) for file in (sweep.filename, sweep.lidarseg, sweep.panoptic) if file]
+            yield [sweep.token, sweep.timestamp_us, sweep.is_keyframe, files, poses]
+        for sample in samples:
+            for token in tables.of_sample.get(sample, ()):
+                a = tables.annotations[token]
+                yield [
+                    a.translation, a.size_wlh, a.rotation, a.instance_token, a.category, a.prev, a.next, a.num_lidar_pts,
+                    a.num_radar_pts, a.attribute,
+                ]  # fmt: skip
+
+    return checksum(lines())
 
 
 def _check_categories(tables: RawTables, folder: Path) -> None:

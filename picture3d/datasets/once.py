@@ -8,7 +8,8 @@ The layout is the one of the published development kit: ``data/<sequence>/<seque
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from picture3d.datasets.preparing import (
     check_clock,
     checksum,
     checksum_file,
+    damaged_plan,
+    file_size,
     finite_points,
+    keep_points,
     previous_sweeps,
     refuse_missing,
     write_logs,
@@ -98,9 +102,10 @@ def prepare_once(
     skip_missing: bool = False,
     name: str = "once",
     xyz_codec: Codec = PLANES,
+    processes: int = 1,
     progress: Progress | None = None,
 ) -> PreparedSummary:
-    """Prepares the sequences on disk; a rerun makes only what is missing.
+    """Prepares the sequences on disk; a rerun makes only what is missing. A sequence with a damaged file is set aside.
 
     All sweeps are keyframes, in the frame of the LiDAR; ``ego_from_lidar`` turns x forward. Frames without annotations have
     no boxes at all (None). Velocities are unknown, tracks have no names, the points in each box are counted here. A sequence
@@ -113,21 +118,27 @@ def prepare_once(
         skip_missing: leave out sweeps, and sequences, whose files are not on disk, and say how many files.
         name: name of the dataset.
         xyz_codec: how coordinates are stored; the default is lossless.
+        processes: logs made side by side. The bytes do not depend on it.
         progress: called with (frames done, frames in all).
 
     Raises:
-        DataError: if there is nothing to read, or files are missing, damaged or contradict each other.
+        DataError: if there is nothing to read, the lists contradict each other, files are missing (unless `skip_missing`), or
+            no sequence could be read.
     """
     settings = {"preparer": _PREPARER, "sweeps": sweeps, "xyz_codec": str(xyz_codec)}
     plans: list[LogPlan] = []
     missing: list[Path] = []
     splits: dict[str, list[str]] = {}
     for sequence, split in once_sequences(raw).items():
-        source, absent = _source(raw / "data" / sequence)
-        missing += absent
-        if source is not None and any(source.present):
+        try:
+            source, absent = _source(raw / "data" / sequence)
+            missing += absent
+            if source is None or not any(source.present):
+                continue
             plans.append(_plan(source, name, settings))
-            splits.setdefault(split, []).append(sequence)
+        except DataError as error:
+            plans.append(damaged_plan(LogHeader(sequence, name, None, settings), error))
+        splits.setdefault(split, []).append(sequence)
     refuse_missing(raw, missing, skip_missing=skip_missing)
     if not plans:
         raise DataError(f"{raw}: no sequence holds a sweep data/*/lidar_roof/*.bin. Download a LiDAR archive first.")
@@ -139,6 +150,7 @@ def prepare_once(
         splits=splits,
         missing_files=len(missing),
         xyz_codec=xyz_codec,
+        processes=processes,
         progress=progress,
     )
 
@@ -215,9 +227,7 @@ def frame_of_once(frame: OnceFrame, sweep: Path, log: str, index: int, *, previo
         DataError: if the file is missing or cut off.
     """
     points = read_points(sweep, _LAYOUT, IntensityUnit.RAW_255)
-    finite, lost = finite_points(points)
-    if lost:
-        points = points.select(finite)
+    points, _, _, lost = keep_points(finite_points(points), points)
     made = Frame(
         log=log,
         index=index,
@@ -250,10 +260,10 @@ def sweep_file(folder: Path, frame: OnceFrame) -> Path:
 
 def _plan(source: _Source, dataset: str, settings: dict[str, Any]) -> LogPlan:
     # Frames are read again when they are made: a plan of a million of them would fill the memory.
-    sizes = [[frame.frame_id, source.sweep(frame).stat().st_size] for frame in source.frames()]
+    sizes = [[frame.frame_id, file_size(source.sweep(frame))] for frame in source.frames()]
     contents = checksum_file(source.info)
     header = LogHeader(source.folder.name, dataset, None, {**settings, "raw_crc32c": checksum([*sizes, contents])})
-    return LogPlan(header, len(sizes), lambda: _frames(source, settings["sweeps"]))
+    return LogPlan(header, len(sizes), partial(_frames, source, settings["sweeps"]))
 
 
 def _frames(source: _Source, sweeps: int) -> Iterator[tuple[Frame, int]]:
@@ -303,7 +313,7 @@ def _boxes(tree: object, place: str) -> Boxes | None:
 def _counted(boxes: Boxes, xyz: NDArray[np.float32]) -> Boxes:
     rows = np.concatenate([boxes.center, boxes.size, boxes.yaw[:, None]], axis=1)
     counts = np.array([len(inside) for inside in rows_inside(xyz, rows)], np.int32)
-    return Boxes(boxes.center, boxes.size, boxes.yaw, boxes.velocity, boxes.category, boxes.track_id, counts)
+    return replace(boxes, num_points=counts)
 
 
 def _numbers(tree: object, shape: tuple[int, ...], place: str) -> NDArray[np.float64]:

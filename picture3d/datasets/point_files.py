@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.datasets.label_sets import label_set as find_label_set
 from picture3d.datasets.prepared import LogHeader, PreparedSummary
-from picture3d.datasets.preparing import LogPlan, Progress, write_logs
+from picture3d.datasets.preparing import (
+    LogPlan,
+    Progress,
+    checksum,
+    file_size,
+    finite_points,
+    keep_points,
+    previous_sweeps,
+    write_logs,
+)
 from picture3d.errors import DataError
 from picture3d.files import read_bounded
 from picture3d.formats.columns import PLANES, Codec
@@ -44,7 +51,9 @@ _RING = ("ring", "laser_number", "laser_id", "channel", "scalar_ring")
 
 
 @dataclass(frozen=True, slots=True)
-class _SweepFile:
+class SweepFile:
+    """A sweep and what belongs to it."""
+
     path: Path
     label: Path | None
     pose: Pose | None
@@ -64,12 +73,14 @@ def prepare_points(
     val: int | Sequence[str] = 0,
     name: str = "points",
     xyz_codec: Codec = PLANES,
+    processes: int = 1,
     progress: Progress | None = None,
 ) -> PreparedSummary:
     """Prepares sweeps in the order of their names (numbers in names count as numbers); a rerun makes only what is missing.
 
     Sweeps directly in `folder` form one log; otherwise every sub-folder with sweeps is a log. All frames are keyframes.
-    Points with NaN or infinite values are left out, with their labels, and counted. An empty sweep is a frame.
+    Points with NaN or infinite values are left out, with their labels, and counted. An empty sweep is a frame. A log with a
+    damaged sweep, or with labels that do not fit, is set aside.
 
     Args:
         folder: the sweeps: ``.bin`` (float32), ``.npy``, ``.pcd``, ``.ply``, mixed as you like.
@@ -89,10 +100,11 @@ def prepare_points(
             held-out sweeps of a single log become a log of their own, ``<log>-val``.
         name: name of the dataset.
         xyz_codec: how coordinates are stored; the default is lossless.
+        processes: logs made side by side. The bytes do not depend on it.
         progress: called with (frames done, frames in all).
 
     Raises:
-        DataError: if there is nothing to read, or a file is damaged or does not fit its labels or poses.
+        DataError: if there is nothing to read, settings or poses do not fit the sweeps, or no log could be read.
     """
     columns = parse_layout(layout)
     unit = _unit(intensity_unit)
@@ -101,7 +113,7 @@ def prepare_points(
     meaning = None if label_dir is None else find_label_set(label_set or "plain").name
     source = {"preparer": _PREPARER, "layout": layout, "intensity": str(unit), "rate_hz": rate_hz, "sweeps": sweeps}
     source["xyz_codec"] = str(xyz_codec)
-    plans, splits = _split(_find_logs(folder, label_dir, poses), val, folder)
+    plans, splits = _split(point_logs(folder, label_dir, poses), val, folder)
     if label_dir is not None and not any(sweep.label for sweeps in plans.values() for sweep in sweeps):
         raise DataError(f"{label_dir}: no label file has the name of a sweep. Expected for example {_expected_label(plans)}.")
     logs: list[LogPlan] = []
@@ -109,7 +121,16 @@ def prepare_points(
         header = LogHeader(log, name, meaning, {**source, "files_crc32c": _fingerprint(files)})
         frames = partial(_frames, log, files, columns, unit, rate_hz, sweeps)
         logs.append(LogPlan(header, len(files), frames))
-    return write_logs(out, logs, name=name, label_set_name=meaning, splits=splits, xyz_codec=xyz_codec, progress=progress)
+    return write_logs(
+        out,
+        logs,
+        name=name,
+        label_set_name=meaning,
+        splits=splits,
+        xyz_codec=xyz_codec,
+        processes=processes,
+        progress=progress,
+    )
 
 
 def read_points(path: Path, layout: tuple[str, ...], unit: IntensityUnit) -> PointCloud:
@@ -210,28 +231,35 @@ def read_poses(path: Path) -> list[Pose]:
 
 
 def _frames(
-    log: str, files: Sequence[_SweepFile], layout: tuple[str, ...], unit: IntensityUnit, rate_hz: float, sweeps: int
+    log: str, files: Sequence[SweepFile], layout: tuple[str, ...], unit: IntensityUnit, rate_hz: float, sweeps: int
 ) -> Iterator[tuple[Frame, int]]:
     for index, file in enumerate(files):
-        yield _frame(log, index, file, layout, unit, rate_hz, sweeps)
+        previous = previous_sweeps(index, sweeps) if file.pose is not None else ()
+        yield frame_of_file(log, index, file, layout, unit, rate_hz=rate_hz, previous=previous)
 
 
-def _frame(
-    log: str, index: int, file: _SweepFile, layout: tuple[str, ...], unit: IntensityUnit, rate_hz: float, sweeps: int
+def frame_of_file(
+    log: str,
+    index: int,
+    file: SweepFile,
+    layout: tuple[str, ...],
+    unit: IntensityUnit,
+    *,
+    rate_hz: float = 10.0,
+    previous: tuple[int, ...] = (),
 ) -> tuple[Frame, int]:
-    """The frame, and how many of its points were left out because they are not finite."""
+    """A frame, and how many points it lost because they were not finite.
+
+    Raises:
+        DataError: if a file is damaged, or labels and points are not as many.
+    """
     points = read_points(file.path, layout, unit)
     labels = instances = None
     if file.label is not None:
         labels, instances = read_labels(file.label)
         if len(labels) != len(points):
             raise DataError(f"{file.label}: {len(labels)} labels for the {len(points)} points of {file.path.name}.")
-    finite = np.isfinite(points.xyz).all(axis=1) & np.isfinite(points.intensity)
-    lost = len(points) - int(finite.sum())
-    if lost:
-        points = points.select(finite)
-        labels = None if labels is None else labels[finite]
-        instances = None if instances is None else instances[finite]
+    points, labels, instances, lost = keep_points(finite_points(points), points, labels, instances)
     frame = Frame(
         log=log,
         index=index,
@@ -242,13 +270,17 @@ def _frame(
         ego_from_lidar=Pose.identity(),
         labels=labels,
         instances=instances,
-        previous=tuple(range(index - 1, max(-1, index - 1 - sweeps), -1)) if file.pose is not None else (),
+        previous=previous,
     )
     return frame, lost
 
 
-def _find_logs(folder: Path, label_dir: Path | None, poses: Path | None) -> dict[str, list[_SweepFile]]:
-    """Log -> its sweeps in order."""
+def point_logs(folder: Path, label_dir: Path | None = None, poses: Path | None = None) -> dict[str, list[SweepFile]]:
+    """Log -> its sweeps in order; see :func:`prepare_points`.
+
+    Raises:
+        DataError: if there are none, or poses do not fit them.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of sweeps.")
     if label_dir is not None and (not label_dir.is_dir() or label_dir.resolve() == folder.resolve()):
@@ -283,7 +315,7 @@ def _stem(path: Path) -> str:
     return path.name[: -len(path.suffix)].removesuffix(".pcd")
 
 
-def _joined(sweeps: list[Path], label_dir: Path | None, poses: Path | None) -> list[_SweepFile]:
+def _joined(sweeps: list[Path], label_dir: Path | None, poses: Path | None) -> list[SweepFile]:
     """Sweep files with their label files and poses."""
     trajectory: Sequence[Pose | None] = [None] * len(sweeps) if poses is None else read_poses(poses)
     if len(trajectory) != len(sweeps):
@@ -292,12 +324,12 @@ def _joined(sweeps: list[Path], label_dir: Path | None, poses: Path | None) -> l
     if label_dir is not None and label_dir.is_dir():
         for suffix in reversed(LABEL_SUFFIXES):
             labels |= {_stem(path): path for path in sorted(label_dir.glob(f"*{suffix}"))}
-    return [_SweepFile(path, labels.get(_stem(path)), pose) for path, pose in zip(sweeps, trajectory, strict=True)]
+    return [SweepFile(path, labels.get(_stem(path)), pose) for path, pose in zip(sweeps, trajectory, strict=True)]
 
 
 def _split(
-    logs: dict[str, list[_SweepFile]], val: int | Sequence[str], folder: Path
-) -> tuple[dict[str, list[_SweepFile]], dict[str, list[str]]]:
+    logs: dict[str, list[SweepFile]], val: int | Sequence[str], folder: Path
+) -> tuple[dict[str, list[SweepFile]], dict[str, list[str]]]:
     """Logs and splits; of a single log the held-out sweeps become a log of their own."""
     single = len(logs) == 1
     log, sweeps = next(iter(logs.items()))
@@ -333,16 +365,17 @@ def _column(table: PointTable, names: tuple[str, ...], dtype: type[np.float32]) 
     return None if found is None else found.astype(dtype)
 
 
-def _fingerprint(files: list[_SweepFile]) -> int:
+def _fingerprint(files: list[SweepFile]) -> int:
     """A checksum of what a log is made from: file names and sizes, poses."""
-    crc = 0
-    for file in files:
+
+    def line(file: SweepFile) -> list[object]:
         pose = None if file.pose is None else file.pose.matrix[:3].ravel().tolist()
-        label = None if file.label is None else [file.label.name, file.label.stat().st_size]
-        crc = google_crc32c.extend(crc, json.dumps([file.path.name, file.path.stat().st_size, label, pose]).encode())
-    return crc
+        label = None if file.label is None else [file.label.name, file_size(file.label)]
+        return [file.path.name, file_size(file.path), label, pose]
+
+    return checksum(line(file) for file in files)
 
 
-def _expected_label(plans: dict[str, list[_SweepFile]]) -> str:
+def _expected_label(plans: dict[str, list[SweepFile]]) -> str:
     log, sweeps = next(iter(plans.items()))
     return f"{_stem(sweeps[0].path)}.npy" if len(plans) == 1 else f"{log}/{_stem(sweeps[0].path)}.npy"

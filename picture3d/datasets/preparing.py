@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import google_crc32c
@@ -32,6 +34,7 @@ from picture3d.structures.frame import Frame
 from picture3d.structures.points import PointCloud
 
 Progress = Callable[[int, int], None]
+_FOLDERS_NAMED = 3  # with the most missing files; of the others the number is told
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +46,18 @@ class LogPlan:
     frames: Callable[[], Iterator[tuple[Frame, int]]]  # each with the number of points it lost because they were not finite
 
 
+def damaged_plan(header: LogHeader, why: DataError) -> LogPlan:
+    """A log whose raw files could not even be listed: it is set aside for that reason when its turn comes.
+
+    No finished log has this header, so one that was made while the files were whole is not kept either.
+    """
+    return LogPlan(replace(header, source={**header.source, "damaged": str(why)}), 1, partial(_fail, why))
+
+
+def _fail(why: DataError) -> Iterator[tuple[Frame, int]]:
+    raise why
+
+
 def write_logs(
     out: Path,
     plans: Sequence[LogPlan],
@@ -52,16 +67,15 @@ def write_logs(
     splits: Mapping[str, Sequence[str]],
     missing_files: int = 0,
     xyz_codec: Codec = PLANES,
-    set_damaged_aside: bool = False,
     processes: int = 1,
     progress: Progress | None = None,
     share: tuple[int, int] | None = None,
 ) -> PreparedSummary:
     """Makes the logs that an earlier run did not finish, one frame in memory at a time, then ``dataset.json``.
 
-    With `set_damaged_aside` a log whose raw data cannot be read is left out of the dataset and its splits, the summary says
-    why, and the others go on; otherwise the first one ends the preparation. With several `processes` that many logs are made
-    side by side (the same bytes; `plans` must be picklable) and `progress` counts whole logs.
+    A log whose raw data cannot be read is set aside: it is left out of the dataset and its splits, the summary says why, and
+    the others go on. With several `processes` that many logs are made side by side (the same bytes; `plans` must be
+    picklable) and `progress` counts whole logs.
 
     With a `share` (rank, world), by default that of the environment (`files.job_share`), every `world`-th log is made here and
     the others by the other processes of the job. Who finishes last writes ``dataset.json``; the summary covers all logs that
@@ -73,7 +87,6 @@ def write_logs(
     """
     rank, world = job_share() if share is None else share
     everything, plans = plans, plans[rank::world]
-    set_damaged_aside = set_damaged_aside and world == 1
     total = sum(plan.count for plan in plans)
     done = dropped = made = 0
     logs: dict[str, LogSummary] = {}
@@ -96,7 +109,7 @@ def write_logs(
     for plan, (summary, lost) in zip(waiting, _written(out, waiting, xyz_codec, processes, tick), strict=True):
         log = plan.header.log
         if isinstance(summary, DataError):
-            if not set_damaged_aside:
+            if world > 1:
                 raise summary
             set_aside.append(f"log {log} is set aside: {summary}")
         else:
@@ -153,7 +166,7 @@ def _write_log(out: Path, plan: LogPlan, xyz_codec: Codec, tick: Callable[[int],
     lost_points = 0
     try:
         with LogWriter(log_path(out, plan.header.log), plan.header, xyz_codec=xyz_codec) as writer:
-            for index, (frame, lost) in enumerate(_told_apart(plan.frames())):
+            for index, (frame, lost) in enumerate(_told_apart(plan.frames)):
                 writer.add(frame)
                 lost_points += lost
                 tick(index + 1)
@@ -170,24 +183,29 @@ class _RawDataError(Exception):
         self.why = why
 
 
-def _told_apart(frames: Iterator[tuple[Frame, int]]) -> Iterator[tuple[Frame, int]]:
+def _told_apart(frames: Callable[[], Iterator[tuple[Frame, int]]]) -> Iterator[tuple[Frame, int]]:
     try:
-        yield from frames
+        yield from frames()
     except DataError as error:
         raise _RawDataError(error) from error
 
 
-def refuse_missing(raw: Path, missing: Sequence[Path], *, skip_missing: bool) -> None:
+def refuse_missing(raw: Path, missing: Sequence[Path | str], *, skip_missing: bool) -> None:
     """Refuses a partial download unless it is wanted.
 
     Raises:
-        DataError: with the number of missing files and the first of them.
+        DataError: with the number of missing files, in all and by folder, and the first of them.
     """
-    if missing and not skip_missing:
-        raise DataError(
-            f"{raw}: {len(missing)} files that belong to the dataset are not on disk, the first is {missing[0]}. "
-            "Download the archives that hold them, or pass --skip-missing to leave these out."
-        )
+    if not missing or skip_missing:
+        return
+    folders = Counter(str(Path(file).parent) for file in missing)
+    counts = [f"{count} in {folder}" for folder, count in folders.most_common(_FOLDERS_NAMED)]
+    if len(folders) > len(counts):
+        counts.append(f"the others in {len(folders) - len(counts)} more folders")
+    raise DataError(
+        f"{raw}: {len(missing)} files that belong to the dataset are not on disk ({', '.join(counts)}), the first is "
+        f"{missing[0]}. Download the archives that hold them, or pass --skip-missing to leave these out."
+    )
 
 
 def check_clock(times: Sequence[int] | NDArray[np.int64], where: object, unit: str = "us") -> None:
@@ -209,10 +227,31 @@ def previous_sweeps(index: int, sweeps: int) -> tuple[int, ...]:
     return tuple(range(index - 1, max(-1, index - 1 - sweeps), -1))
 
 
-def finite_points(points: PointCloud) -> tuple[NDArray[np.bool_], int]:
-    """(N,) which points have finite coordinates and intensity, and how many do not."""
+def finite_points(points: PointCloud) -> NDArray[np.bool_]:
+    """(N,) which points are finite: coordinates, intensity and, where there are some, elongation and time."""
     finite = np.isfinite(points.xyz).all(axis=1) & np.isfinite(points.intensity)
-    return finite, len(points) - int(np.count_nonzero(finite))
+    for column in (points.elongation, points.time_s):
+        if column is not None:
+            finite &= np.isfinite(column)
+    return finite
+
+
+def keep_points(
+    keep: NDArray[np.bool_],
+    points: PointCloud,
+    labels: NDArray[np.uint8] | None = None,
+    instances: NDArray[np.uint16] | None = None,
+) -> tuple[PointCloud, NDArray[np.uint8] | None, NDArray[np.uint16] | None, int]:
+    """The points of a mask (N,) with their labels and instances, and how many are left out."""
+    lost = len(keep) - int(np.count_nonzero(keep))
+    if not lost:
+        return points, labels, instances, 0
+    return (
+        points.select(keep),
+        None if labels is None else labels[keep],
+        None if instances is None else instances[keep],
+        lost,
+    )
 
 
 def checksum(lines: Iterable[object]) -> int:
@@ -221,6 +260,18 @@ def checksum(lines: Iterable[object]) -> int:
     for line in lines:
         crc = google_crc32c.extend(crc, json.dumps(line).encode())
     return crc
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        DataError: if it cannot be reached, as a link that leads to itself.
+    """
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}). Copy it again, or take it away.") from error
 
 
 def checksum_file(path: Path) -> int:

@@ -14,10 +14,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from picture3d.datasets.check_raw import is_raw_nuscenes
+from picture3d.datasets.check_nuscenes import is_raw_nuscenes
 from picture3d.datasets.nuscenes import nuscenes_frames
 from picture3d.datasets.prepared import LogHeader, LogReader, LogWriter, PreparedDataset, log_path
-from picture3d.datasets.waymo import SPLIT_FOLDERS, frame_of_waymo, segment_files, segment_name
+from picture3d.datasets.waymo import SPLIT_FOLDERS, frame_of_waymo, segment_name, waymo_segments
 from picture3d.datasets.waymo_v2 import frames_of_segment, segments_of, waymo_version
 from picture3d.errors import DataError
 from picture3d.formats.columns import PLANES, Codec
@@ -72,8 +72,15 @@ class Projection:
     full: FullSize
     hours: float | None  # of one core, to prepare
     bytes: int  # on disk
-    peak_bytes: int | None  # of one process; does not grow with the frames, but with the tables of nuScenes
+    peak_bytes: int | None  # of one process that does all; does not grow with the frames, but with the tables of nuScenes
     epoch_hours: float  # of one core, to read and decode every frame once
+    table_bytes: int = 0  # of the peak; held once, however many processes work
+
+    def memory(self, processes: int) -> int | None:
+        """Bytes that many processes hold at most, working on logs side by side."""
+        if self.peak_bytes is None:
+            return None
+        return self.table_bytes + processes * (self.peak_bytes - self.table_bytes)
 
 
 def kind_of_raw(raw: Path) -> Kind | None:
@@ -162,22 +169,22 @@ def project(measured: Measured) -> list[Projection]:
         hours = None
         if measured.frame_seconds is not None:
             hours = (measured.frame_seconds * share + measured.table_seconds * more_tables) / 3600
-        peak = measured.peak_bytes
-        if peak is not None:
-            peak += round(measured.table_bytes * (more_tables - 1))
-        found.append(Projection(full, hours, math.ceil(measured.bytes * share), peak, measured.read_seconds * share / 3600))
+        tables = round(measured.table_bytes * more_tables)
+        peak = None if measured.peak_bytes is None else measured.peak_bytes - measured.table_bytes + tables
+        epoch = measured.read_seconds * share / 3600
+        found.append(Projection(full, hours, math.ceil(measured.bytes * share), peak, epoch, tables))
     return found
 
 
 def _waymo(raw: Path, kind: Kind) -> Iterator[tuple[Frame, int]]:
-    for folder, split in SPLIT_FOLDERS.items():
-        if kind == "waymo-v2":
+    if kind == "waymo-v2":
+        for folder, split in SPLIT_FOLDERS.items():
             yield from chain.from_iterable(frames_of_segment(raw / folder, name, split) for name in segments_of(raw / folder))
-            continue
-        for path in segment_files(raw / folder):
-            for index, (offset, payload) in enumerate(read_records(path)):
-                where = f"{path}, record {index} at byte {offset}"
-                yield frame_of_waymo(read_frame(payload, where), segment_name(path), index, where)
+        return
+    for path, _ in waymo_segments(raw)[0]:
+        for index, (offset, payload) in enumerate(read_records(path)):
+            where = f"{path}, record {index} at byte {offset}"
+            yield frame_of_waymo(read_frame(payload, where), segment_name(path), index, where)
 
 
 def _write(

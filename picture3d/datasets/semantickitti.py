@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from picture3d.datasets.preparing import (
     Progress,
     check_clock,
     checksum,
+    damaged_plan,
+    file_size,
     finite_points,
+    keep_points,
     previous_sweeps,
     refuse_missing,
     write_logs,
@@ -47,7 +51,9 @@ _COMPACT[list(SEMANTICKITTI_IDS)] = np.arange(len(SEMANTICKITTI_IDS))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Scan:
+class Scan:
+    """A scan of a sequence and what belongs to it."""
+
     path: Path
     label: Path | None
     global_from_lidar: Pose | None
@@ -62,9 +68,10 @@ def prepare_semantickitti(
     skip_missing: bool = False,
     name: str = "semantickitti",
     xyz_codec: Codec = PLANES,
+    processes: int = 1,
     progress: Progress | None = None,
 ) -> PreparedSummary:
-    """Prepares the sequences on disk; a rerun makes only what is missing.
+    """Prepares the sequences on disk; a rerun makes only what is missing. A sequence with a damaged file is set aside.
 
     A log ``NN`` holds all scans of ``sequences/NN/velodyne`` as keyframes, in the frame of the LiDAR, which is the ego frame
     too. Labels hold the position of the official id in its sorted list (label set ``semantickitti``), instances the
@@ -78,21 +85,23 @@ def prepare_semantickitti(
         skip_missing: leave out scans and labels that should be there, and say how many.
         name: name of the dataset.
         xyz_codec: how coordinates are stored; the default is lossless.
+        processes: logs made side by side. The bytes do not depend on it.
         progress: called with (frames done, frames in all).
 
     Raises:
-        DataError: if there is nothing to read, or files are missing, damaged or contradict each other.
+        DataError: if there is nothing to read, files are missing (unless `skip_missing`), or no sequence could be read.
     """
-    folders = _sequences(raw)
+    settings = {"preparer": _PREPARER, "sweeps": sweeps, "xyz_codec": str(xyz_codec)}
     plans: list[LogPlan] = []
     missing: list[Path] = []
-    for folder in folders:
-        scans, absent = _scans(folder)
-        missing += absent
-        if scans:
-            plans.append(
-                _plan(folder.name, scans, name, {"preparer": _PREPARER, "sweeps": sweeps, "xyz_codec": str(xyz_codec)})
-            )
+    for folder in semantickitti_sequences(raw):
+        try:
+            scans, absent = list_scans(folder)
+            missing += absent
+            if scans:
+                plans.append(_plan(folder.name, scans, name, settings))
+        except DataError as error:
+            plans.append(damaged_plan(LogHeader(folder.name, name, SEMANTICKITTI.name, settings), error))
     refuse_missing(raw, missing, skip_missing=skip_missing)
     if not plans:
         raise DataError(f"{raw}: no sequence holds a scan velodyne/*.bin. Download the velodyne archive first.")
@@ -106,6 +115,7 @@ def prepare_semantickitti(
         splits=splits,
         missing_files=len(missing),
         xyz_codec=xyz_codec,
+        processes=processes,
         progress=progress,
     )
 
@@ -152,7 +162,12 @@ def read_lidar_calibration(path: Path) -> Pose:
     raise DataError(f"{path}: has no line 'Tr:' (camera from LiDAR); download data_odometry_calib again.")
 
 
-def _sequences(raw: Path) -> list[Path]:
+def semantickitti_sequences(raw: Path) -> list[Path]:
+    """The folders of the sequences that have scans, in order.
+
+    Raises:
+        DataError: if there are none.
+    """
     for root in (raw / "sequences", raw / "dataset" / "sequences"):
         if root.is_dir():
             found = sorted(path for path in root.iterdir() if (path / "velodyne").is_dir())
@@ -162,8 +177,12 @@ def _sequences(raw: Path) -> list[Path]:
     raise DataError(f"{raw}: holds neither sequences/ nor dataset/sequences/. Name the folder above `sequences`.")
 
 
-def _scans(folder: Path) -> tuple[list[_Scan], list[Path]]:
-    """The scans of a sequence in order, and the files that should be there and are not."""
+def list_scans(folder: Path) -> tuple[list[Scan], list[Path]]:
+    """The scans of a sequence in order, and the files that should be there and are not.
+
+    Raises:
+        DataError: if poses, times or calibration are damaged, or do not fit the scans.
+    """
     numbers: dict[int, Path] = {}
     for path in (folder / "velodyne").glob("*.bin"):
         if not path.stem.isdigit():
@@ -184,7 +203,7 @@ def _scans(folder: Path) -> tuple[list[_Scan], list[Path]]:
     has_labels = (folder / "labels").is_dir()
     count = max(lengths.values(), default=last + 1)
     missing: list[Path] = []
-    scans: list[_Scan] = []
+    scans: list[Scan] = []
     for number in range(count):
         if number not in numbers:
             missing.append(folder / "velodyne" / f"{number:06d}.bin")
@@ -195,7 +214,7 @@ def _scans(folder: Path) -> tuple[list[_Scan], list[Path]]:
             missing.append(label)
             label = None
         time = round(number * 1e6 / _RATE_HZ) if times is None else times[number]
-        scans.append(_Scan(path, label, None if poses is None else poses[number], time))
+        scans.append(Scan(path, label, None if poses is None else poses[number], time))
     return scans, missing
 
 
@@ -223,40 +242,46 @@ def _times(path: Path) -> list[int] | None:
     return times
 
 
-def _plan(log: str, scans: Sequence[_Scan], dataset: str, settings: dict[str, Any]) -> LogPlan:
-    def line(scan: _Scan) -> list[object]:
+def _plan(log: str, scans: Sequence[Scan], dataset: str, settings: dict[str, Any]) -> LogPlan:
+    def line(scan: Scan) -> list[object]:
         pose = None if scan.global_from_lidar is None else scan.global_from_lidar.matrix[:3].ravel().tolist()
-        label = None if scan.label is None else scan.label.stat().st_size
-        return [scan.path.name, scan.path.stat().st_size, label, scan.timestamp_us, pose]
+        label = None if scan.label is None else file_size(scan.label)
+        return [scan.path.name, file_size(scan.path), label, scan.timestamp_us, pose]
 
     source = {**settings, "raw_crc32c": checksum(line(scan) for scan in scans)}
     header = LogHeader(log, dataset, SEMANTICKITTI.name, source)
-    return LogPlan(header, len(scans), lambda: _frames(log, scans, settings["sweeps"]))
+    return LogPlan(header, len(scans), partial(_frames, log, scans, settings["sweeps"]))
 
 
-def _frames(log: str, scans: Sequence[_Scan], sweeps: int) -> Iterator[tuple[Frame, int]]:
+def _frames(log: str, scans: Sequence[Scan], sweeps: int) -> Iterator[tuple[Frame, int]]:
     for index, scan in enumerate(scans):
-        points = read_points(scan.path, _LAYOUT, IntensityUnit.UNIT)
-        labels = instances = None
-        if scan.label is not None:
-            labels, instances = read_semantickitti_labels(scan.label)
-            if len(labels) != len(points):
-                raise DataError(f"{scan.label}: {len(labels)} labels for the {len(points)} points of {scan.path}.")
-        finite, lost = finite_points(points)
-        if lost:
-            points = points.select(finite)
-            labels = None if labels is None else labels[finite]
-            instances = None if instances is None else instances[finite]
-        frame = Frame(
-            log=log,
-            index=index,
-            token=scan.path.stem,
-            timestamp_us=scan.timestamp_us,
-            points=points,
-            global_from_ego=scan.global_from_lidar,
-            ego_from_lidar=Pose.identity(),
-            labels=labels,
-            instances=instances,
-            previous=previous_sweeps(index, sweeps) if scan.global_from_lidar is not None else (),
-        )
-        yield frame, lost
+        previous = previous_sweeps(index, sweeps) if scan.global_from_lidar is not None else ()
+        yield frame_of_scan(scan, log, index, previous=previous)
+
+
+def frame_of_scan(scan: Scan, log: str, index: int, *, previous: tuple[int, ...] = ()) -> tuple[Frame, int]:
+    """A frame, and how many points it lost because they were not finite.
+
+    Raises:
+        DataError: if a file is missing or damaged, or labels and points are not as many.
+    """
+    points = read_points(scan.path, _LAYOUT, IntensityUnit.UNIT)
+    labels = instances = None
+    if scan.label is not None:
+        labels, instances = read_semantickitti_labels(scan.label)
+        if len(labels) != len(points):
+            raise DataError(f"{scan.label}: {len(labels)} labels for the {len(points)} points of {scan.path}.")
+    points, labels, instances, lost = keep_points(finite_points(points), points, labels, instances)
+    frame = Frame(
+        log=log,
+        index=index,
+        token=scan.path.stem,
+        timestamp_us=scan.timestamp_us,
+        points=points,
+        global_from_ego=scan.global_from_lidar,
+        ego_from_lidar=Pose.identity(),
+        labels=labels,
+        instances=instances,
+        previous=previous,
+    )
+    return frame, lost

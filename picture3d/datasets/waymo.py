@@ -17,9 +17,21 @@ from numpy.typing import NDArray
 
 from picture3d.datasets.label_sets import WAYMO
 from picture3d.datasets.prepared import LogHeader, PreparedSummary
-from picture3d.datasets.preparing import LogPlan, Progress, check_clock, checksum, previous_sweeps, write_logs
+from picture3d.datasets.preparing import (
+    LogPlan,
+    Progress,
+    check_clock,
+    checksum,
+    finite_points,
+    keep_points,
+    previous_sweeps,
+    refuse_missing,
+    write_logs,
+)
 from picture3d.errors import DataError
+from picture3d.files import read_bounded
 from picture3d.formats.columns import PLANES, Codec
+from picture3d.formats.point_tables import MAX_TEXT_BYTES
 from picture3d.formats.range_image import points_of_range_image
 from picture3d.formats.tfrecord import read_records, record_lengths
 from picture3d.formats.waymo_frame import (
@@ -37,6 +49,9 @@ from picture3d.structures.poses import Pose
 
 # Folders of the download -> names of the splits.
 SPLIT_FOLDERS = {"training": "train", "validation": "val", "testing": "test"}
+# The layout of OpenPCDet and the code made from it: all segments in one folder, their splits in lists beside it.
+FLAT_FOLDER, LISTS_FOLDER = "raw_data", "ImageSets"
+_LISTS = ("train", "val", "test")
 CATEGORIES = {UNKNOWN: "unknown", VEHICLE: "vehicle", PEDESTRIAN: "pedestrian", SIGN: "sign", CYCLIST: "cyclist"}
 _PREPARER = "waymo/1"  # raise when the same raw data would give other prepared frames
 _SEGMENT = re.compile(r"segment-(.+?)(_with_camera_labels)?")
@@ -50,6 +65,7 @@ def prepare_waymo(
     out: Path,
     *,
     sweeps: int = 9,
+    skip_missing: bool = False,
     name: str = "waymo",
     xyz_codec: Codec = PLANES,
     processes: int = 1,
@@ -61,56 +77,93 @@ def prepare_waymo(
     type "unknown" are left out; categories are vehicle, pedestrian, sign and cyclist.
 
     Args:
-        raw: the folder that holds ``training/``, ``validation/`` or ``testing/`` (tfrecords in them, or one folder deeper).
+        raw: the folder that :func:`waymo_segments` takes.
         out: folder for the prepared frames.
         sweeps: how many earlier frames each frame is linked to; how many are used is chosen when frames are loaded.
+        skip_missing: leave out segments that ``ImageSets`` lists and that are not on disk, and say how many.
         name: name of the dataset.
         xyz_codec: how coordinates are stored; the default is lossless.
         processes: segments made side by side; each needs the memory of one frame. The bytes do not depend on it.
         progress: called with (frames done, frames in all).
 
     Raises:
-        DataError: if there is nothing to read, two files hold the same segment, no file could be read, or `out` cannot be
-            written.
+        DataError: if there is nothing to read, two files hold the same segment, segments are missing (unless `skip_missing`),
+            no file could be read, or `out` cannot be written.
     """
     plans: list[LogPlan] = []
     splits: dict[str, list[str]] = {}
     files: dict[str, Path] = {}
-    for folder, split in SPLIT_FOLDERS.items():
-        for path in segment_files(raw / folder):
-            log = segment_name(path)
-            if log in files:
-                raise DataError(f"{path}: holds segment {log}, as {files[log]} does. Remove one of the two.")
-            files[log] = path
-            splits.setdefault(split, []).append(log)
-            plans.append(_plan(path, log, split, name, {"preparer": _PREPARER, "sweeps": sweeps, "xyz_codec": str(xyz_codec)}))
+    segments, missing = waymo_segments(raw)
+    for path, split in segments:
+        log = segment_name(path)
+        if log in files:
+            raise DataError(f"{path}: holds segment {log}, as {files[log]} does. Remove one of the two.")
+        files[log] = path
+        splits.setdefault(split, []).append(log)
+        plans.append(_plan(path, log, split, name, {"preparer": _PREPARER, "sweeps": sweeps, "xyz_codec": str(xyz_codec)}))
     if not plans:
         raise DataError(
-            f"{raw}: no tfrecord in {', '.join(f'{folder}/' for folder in SPLIT_FOLDERS)}, and no Parquet component (v2) in "
-            "their folders. Name the folder above them; a segment belongs to the split whose folder it lies in."
+            f"{raw}: no tfrecord in {', '.join(f'{folder}/' for folder in (*SPLIT_FOLDERS, FLAT_FOLDER))}, and no Parquet "
+            "component (v2) in their folders. Name the folder above them; a segment belongs to the split whose folder it lies "
+            f"in, one of {FLAT_FOLDER}/ to that whose list in {LISTS_FOLDER}/ names it."
         )
+    refuse_missing(raw, missing, skip_missing=skip_missing)
     return write_logs(
         out,
         plans,
         name=name,
         label_set_name=WAYMO.name,
         splits=splits,
+        missing_files=len(missing),
         xyz_codec=xyz_codec,
-        set_damaged_aside=True,
         processes=processes,
         progress=progress,
     )
 
 
+def waymo_segments(raw: Path) -> tuple[list[tuple[Path, str]], list[Path]]:
+    """The tfrecords of v1 on disk, each with its split, and those that a list names and that are not there.
+
+    `raw` holds ``training/``, ``validation/`` or ``testing/`` as they are downloaded; or ``raw_data/`` with all segments and
+    ``ImageSets/train.txt``, ``val.txt``, ``test.txt`` that name the files of each split, one a line. Without ``ImageSets``
+    everything in ``raw_data/`` is for training.
+
+    Raises:
+        DataError: if two lists name the same segment, or none names a segment of ``raw_data/``.
+    """
+    found = [(path, split) for folder, split in SPLIT_FOLDERS.items() for path in segment_files(raw / folder)]
+    flat = segment_files(raw / FLAT_FOLDER)
+    lists = raw / LISTS_FOLDER
+    if not flat or not lists.is_dir():
+        return found + [(path, "train") for path in flat], []
+    split_of: dict[str, str] = {}
+    for split in _LISTS:
+        path = lists / f"{split}.txt"
+        for line in read_bounded(path, max_bytes=MAX_TEXT_BYTES).decode(errors="replace").split() if path.is_file() else ():
+            name = segment_name(Path(line))
+            if split_of.setdefault(name, split) != split:
+                raise DataError(f"{path}: segment {name} is in the list of split {split_of[name]} too. Remove it from one.")
+    unnamed = [path for path in flat if segment_name(path) not in split_of]
+    if unnamed:
+        raise DataError(
+            f"{lists}: no list names {unnamed[0].name} ({len(unnamed)} such), so it has no split. Add it to a list or move it "
+            f"out of {FLAT_FOLDER}/."
+        )
+    present = {segment_name(path) for path in flat}
+    missing = [raw / FLAT_FOLDER / f"segment-{name}.tfrecord" for name in split_of if name not in present]
+    return found + [(path, split_of[segment_name(path)]) for path in flat], missing
+
+
 def segment_files(folder: Path) -> list[Path]:
-    """The tfrecords of a split, in order of their names: in the folder, or in one folder inside it per downloaded archive."""
+    """The tfrecords of a folder, in order of their names: in itself, or in one folder inside it per downloaded archive."""
     return sorted(path for pattern in ("*.tfrecord", "*/*.tfrecord") for path in folder.glob(pattern) if path.is_file())
 
 
 def segment_name(path: Path) -> str:
     """Name of the segment that a file holds, by the file's name as published; without ``segment-...``, the whole stem."""
-    match = _SEGMENT.fullmatch(path.stem)
-    return match.group(1) if match else path.stem
+    stem = path.name.removesuffix(".tfrecord")
+    match = _SEGMENT.fullmatch(stem)
+    return match.group(1) if match else stem
 
 
 def frame_of_waymo(
@@ -132,13 +185,7 @@ def frame_of_waymo(
         DataError: if a range image, its poses or its classes are damaged or contradict each other.
     """
     points, labels, instances = _points(raw, where)
-    values = points.elongation if points.elongation is not None else points.intensity
-    finite = np.isfinite(points.xyz).all(1) & np.isfinite(points.intensity) & np.isfinite(values)
-    lost = len(points) - int(np.count_nonzero(finite))
-    if lost:
-        points = points.select(finite)
-        labels = None if labels is None else labels[finite]
-        instances = None if instances is None else instances[finite]
+    points, labels, instances, lost = keep_points(finite_points(points), points, labels, instances)
     farthest = float(np.abs(points.xyz).max(initial=0))
     if farthest > _FARTHEST_M:
         raise DataError(f"{where}: a point lies {farthest:.3g} m from the car, in its range images or poses; they see 75 m.")

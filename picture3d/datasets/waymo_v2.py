@@ -10,7 +10,7 @@ from typing import Any
 from picture3d.datasets.label_sets import WAYMO
 from picture3d.datasets.prepared import LogHeader, PreparedSummary
 from picture3d.datasets.preparing import LogPlan, Progress, checksum, checksum_file, previous_sweeps, write_logs
-from picture3d.datasets.waymo import SPLIT_FOLDERS, frame_of_waymo, segment_files
+from picture3d.datasets.waymo import FLAT_FOLDER, SPLIT_FOLDERS, frame_of_waymo, segment_files
 from picture3d.errors import DataError
 from picture3d.formats.columns import PLANES, Codec
 from picture3d.formats.waymo_v2 import (
@@ -42,7 +42,7 @@ def waymo_version(raw: Path) -> int | None:
     Raises:
         DataError: if it holds both.
     """
-    first = any(segment_files(raw / folder) for folder in SPLIT_FOLDERS)
+    first = any(segment_files(raw / folder) for folder in (*SPLIT_FOLDERS, FLAT_FOLDER))
     if is_waymo_v2(raw):
         if first:
             raise DataError(f"{raw}: holds tfrecords (v1) and Parquet components (v2). Keep one version in this folder.")
@@ -104,7 +104,6 @@ def prepare_waymo_v2(
         label_set_name=WAYMO.name,
         splits=splits,
         xyz_codec=xyz_codec,
-        set_damaged_aside=True,
         processes=processes,
         progress=progress,
     )

@@ -94,6 +94,19 @@ class RawTables:
     sample_time_us: dict[str, int]
     category_index: dict[str, int]  # category name -> lidarseg id, where the table has one
 
+    def of_scene(self, scene: RawScene) -> RawTables:
+        """What they say about one scene."""
+        sweeps = self.sweeps[scene.token]
+        samples = dict.fromkeys(sweep.sample_token for sweep in sweeps)
+        of_sample = {token: self.of_sample[token] for token in samples if token in self.of_sample}
+        annotations = {token: self.annotations[token] for tokens in of_sample.values() for token in tokens}
+        for annotation in list(annotations.values()):  # a velocity may reach over a sample that the LiDAR did not see
+            beside = (self.annotations.get(token) for token in (annotation.prev, annotation.next))
+            annotations |= {other.token: other for other in beside if other is not None}
+        times = {token: self.sample_time_us[token] for token in samples}
+        times |= {a.sample_token: self.sample_time_us[a.sample_token] for a in annotations.values()}
+        return RawTables((scene,), {scene.token: sweeps}, annotations, of_sample, times, self.category_index)
+
 
 def read_tables(root: Path, version: str, *, channel: str = "LIDAR_TOP") -> RawTables:
     """Reads the tables in ``root/version``.

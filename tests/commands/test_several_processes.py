@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from picture3d.commands.data import prepare_points, targets
+from picture3d.commands.data import targets
+from picture3d.commands.prepare import prepare_points
 from picture3d.recipes.catalogue import pretraining_recipe, tiny
 from picture3d.training.runlog import RunFolder
 
@@ -33,9 +34,10 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def prepare(raw: Path, out: Path) -> str:
-    return prepare_points(
+    said, _ = prepare_points(
         raw, out, layout="x,y,z,intensity", intensity="0-1", labels=None, label_set=None, poses=None, val=1, name="points"
     )
+    return said
 
 
 def compute_targets(prepared: Path) -> str:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from picture3d.cli import app
 from picture3d.datasets.check import CheckReport, check_prepared
-from picture3d.datasets.check_raw import check_raw_nuscenes
+from picture3d.datasets.check_nuscenes import check_raw_nuscenes
 from picture3d.errors import DataError
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.poses import Pose

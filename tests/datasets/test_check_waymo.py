@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from picture3d.cli import app
 from picture3d.datasets.check import CheckReport
-from picture3d.datasets.check_waymo import check_raw_waymo, is_raw_waymo
+from picture3d.datasets.check_waymo import check_raw_waymo
+from picture3d.datasets.waymo_v2 import waymo_version
 from picture3d.formats.tfrecord import RecordWriter, read_records
 from tests.made_waymo import Made, calibration, echo, floats, image_of, label, laser, small_frame
 
@@ -92,9 +93,9 @@ def test_a_segment_in_two_splits_is_an_error(tmp_path, name):
 
 
 def test_the_command_knows_waymo_by_its_folders(tmp_path):
-    assert not is_raw_waymo(tmp_path)
+    assert waymo_version(tmp_path) is None
     path = segment(tmp_path, "a", frames(1))
-    assert is_raw_waymo(tmp_path)
+    assert waymo_version(tmp_path) == 1
     assert CliRunner().invoke(app, ["check", str(tmp_path)]).exit_code == 0
     path.write_bytes(path.read_bytes()[:-1])
     bad = CliRunner().invoke(app, ["check", str(tmp_path)])

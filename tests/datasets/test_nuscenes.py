@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -161,7 +162,8 @@ def test_other_raw_data_of_the_same_name_is_prepared_anew(world, tmp_path):
 def test_missing_files_are_counted_and_left_out_only_if_asked(world, tmp_path):
     (world.root / "sweeps/LIDAR_TOP/s0-d2.pcd.bin").unlink()
     (world.root / "lidarseg/v1.0-mini/s0-d3_lidarseg.bin").unlink()
-    with pytest.raises(DataError, match=r"2 files that the tables list are not on disk, the first is .*--skip-missing"):
+    expected = r"2 files .* not on disk \(1 in sweeps/LIDAR_TOP, 1 in lidarseg/v1.0-mini\), the first is .*--skip-missing"
+    with pytest.raises(DataError, match=expected):
         prepare_nuscenes(world.root, tmp_path / "out")
     summary = prepare_nuscenes(world.root, tmp_path / "out", skip_missing=True)
     assert summary.missing_files == 2
@@ -197,11 +199,38 @@ def test_an_empty_sweep_is_a_frame(world, tmp_path):
     assert len(PreparedDataset(tmp_path / "out").frame(FrameKey("scene-0001", 3)).points) == 0
 
 
-def test_labels_that_do_not_fit_their_sweep_are_named(world, tmp_path):
+def test_labels_that_do_not_fit_their_sweep_set_their_scene_aside(world, tmp_path):
     (world.root / "lidarseg/v1.0-mini/s0-d3_lidarseg.bin").write_bytes(bytes(7))
-    with pytest.raises(DataError, match=r"s0-d3_lidarseg\.bin: 7 labels for the 30 points"):
-        prepare_nuscenes(world.root, tmp_path / "out")
-    assert not (tmp_path / "out" / "dataset.json").exists()
+    (why,) = prepare_nuscenes(world.root, tmp_path / "out").set_aside
+    assert "s0-d3_lidarseg.bin: 7 labels for the 30 points" in why
+    assert PreparedDataset(tmp_path / "out").logs() == ("scene-0002",)
+
+
+def test_labels_may_lie_beside_the_folder_of_the_tables(world, tmp_path):
+    prepare_nuscenes(world.root, tmp_path / "inside")
+    (world.root / "lidarseg").rename(world.root.parent / "lidarseg")
+    assert prepare_nuscenes(world.root, tmp_path / "beside").labelled == 6
+    for log in ("scene-0001", "scene-0002"):
+        assert log_path(tmp_path / "beside", log).read_bytes() == log_path(tmp_path / "inside", log).read_bytes()
+    # Other folders beside the dataset are none of its business.
+    (world.root / "sweeps").rename(world.root.parent / "sweeps")
+    with pytest.raises(DataError, match="8 in sweeps/LIDAR_TOP"):
+        prepare_nuscenes(world.root, tmp_path / "beside")
+
+
+def test_panoptic_ids_become_the_instances_of_their_points(world, tmp_path):
+    ids = np.random.default_rng(7).integers(0, 32_000, world.points).astype(np.uint16)
+    file = world.root / "panoptic/v1.0-mini/s0-d3_panoptic.npz"
+    file.parent.mkdir(parents=True)
+    np.savez_compressed(file, data=ids)
+    row = {"token": "p", "sample_data_token": "s0-d3", "filename": str(file.relative_to(world.root))}
+    (world.root / "v1.0-mini/panoptic.json").write_text(json.dumps([row]))
+    prepare_nuscenes(world.root, tmp_path / "out")
+    reader = PreparedDataset(tmp_path / "out").reader("scene-0001")
+    instances = reader.frame(3).instances
+    assert instances is not None
+    assert np.array_equal(instances, ids)
+    assert reader.frame(0).instances is None
 
 
 def test_a_category_with_another_id_is_refused(world, tmp_path):
