@@ -7,6 +7,7 @@ LR / divisor / 1e4; beta1 moves oppositely. Both are pure functions of the step,
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Self
 
 import torch
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from picture3d.config import FrozenConfig
+from picture3d.errors import ConfigError
 
 
 class OptimConfig(FrozenConfig):
@@ -30,9 +32,17 @@ class OptimConfig(FrozenConfig):
     beta2: float = Field(default=0.99, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0)
     grad_clip: float | None = Field(default=10.0, gt=0, description="largest norm of all gradients together; null: no clipping")
+    lr_scale: dict[str, float] = Field(
+        default_factory=dict,
+        description="part of the network -> times the learning rate, for example backbone_3d=0.3; of nested parts the inner "
+        "one counts; 0 leaves a part as it is",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        negative = [part for part, scale in self.lr_scale.items() if not (0 <= scale < math.inf)]
+        if negative:
+            raise ValueError(f"lr_scale of {', '.join(negative)} must be 0 or more, and finite")
         if self.beta1_low > self.beta1_high:
             raise ValueError(f"beta1_low {self.beta1_low} is above beta1_high {self.beta1_high}")
         return self
@@ -56,28 +66,48 @@ def beta1(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `module`; learning rate and beta1 are set by `set_schedule` at each step."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [{"params": trainable, "weight_decay": config.weight_decay}]
-    if not config.decay_norms:
+    """AdamW over the trainable parameters of `module`; learning rate and beta1 are set by `set_schedule` at each step.
+
+    Raises:
+        ConfigError: if `lr_scale` names a part that the module does not have.
+    """
+    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    absent = [part for part in config.lr_scale if not any(_inside(name, part) for name in trainable)]
+    if absent:
+        parts = ", ".join(dict.fromkeys(name.split(".", 1)[0] for name in trainable))
+        raise ConfigError(
+            f"optim.lr_scale names {', '.join(absent)}, which this network does not train. Its parts are {parts}."
+        )
+    grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
         # One-dimensional parameters are the biases and the scales and shifts of norms.
-        groups = [
-            {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-    fused = all(parameter.device.type in {"cpu", "cuda"} for parameter in trainable)
+        decay = config.weight_decay if config.decay_norms or parameter.ndim > 1 else 0.0
+        grouped.setdefault((_scale(name, config.lr_scale), decay), []).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale} for (scale, decay), parameters in grouped.items()
+    ]
+    fused = all(parameter.device.type in {"cpu", "cuda"} for parameter in trainable.values())
     return torch.optim.AdamW(
         groups, lr=config.peak_lr, betas=(config.beta1_high, config.beta2), eps=config.epsilon, fused=fused or None
     )
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimConfig) -> float:
-    """Sets learning rate and beta1 for `step` and returns the learning rate."""
+    """Sets learning rate and beta1 for `step` and returns the learning rate, that of parts without a scale of their own."""
     rate = learning_rate(step, total_steps, config)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_scale"]
         group["betas"] = (beta1(step, total_steps, config), config.beta2)
     return rate
+
+
+def _inside(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
+
+
+def _scale(name: str, scales: Mapping[str, float]) -> float:
+    """The scale of the innermost part that `name` belongs to; 1 if it belongs to none."""
+    return scales[max(parts, key=len)] if (parts := [part for part in scales if _inside(name, part)]) else 1.0
 
 
 def _phase(step: int, total_steps: int, warmup_share: float) -> tuple[bool, float]:

@@ -85,6 +85,31 @@ def test_frozen_parameters_are_left_out():
     assert [p.shape for group in optimizer.param_groups for p in group["params"]] == [(2, 2)]
 
 
+def test_a_part_follows_the_schedule_times_its_own_scale_and_of_nested_parts_the_inner_one_counts():
+    module = nn.ModuleDict({"body": nn.ModuleDict({"stem": nn.Linear(1, 1), "top": nn.Linear(1, 1)}), "head": nn.Linear(1, 1)})
+    config = OptimConfig(peak_lr=0.1, weight_decay=0.0, warmup_share=0.0, lr_scale={"body": 0.5, "body.stem": 0.0})
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = build_optimizer(module, config)
+    assert set_schedule(optimizer, 0, 10, config) == 0.1
+    optimizer.step()
+    moved = {name: (before[name] - tensor).item() for name, tensor in module.state_dict().items()}
+    # Adam's first step is the learning rate, whatever the gradient.
+    for part, expected in (("body.stem", 0.0), ("body.top", 0.05), ("head", 0.1)):
+        assert [moved[f"{part}.weight"], moved[f"{part}.bias"]] == pytest.approx([expected] * 2, abs=1e-7)
+
+
+def test_a_scale_for_a_part_that_is_not_there_is_refused_and_the_parts_are_named():
+    with pytest.raises(ConfigError, match=r"lr_scale names bod, .* parts are body, head"):
+        build_optimizer(nn.ModuleDict({"body": nn.Linear(1, 1), "head": nn.Linear(1, 1)}), OptimConfig(lr_scale={"bod": 0.5}))
+
+
+def test_a_negative_scale_is_refused():
+    with pytest.raises(ConfigError, match="lr_scale of head"):
+        OptimConfig.from_tree({"lr_scale": {"head": -0.1}})
+
+
 def test_contradicting_betas_are_refused():
     with pytest.raises(ConfigError, match="beta1_low"):
         OptimConfig.from_tree({"beta1_low": 0.97})
