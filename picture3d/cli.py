@@ -622,14 +622,31 @@ def probe(
     data: DataOption = None,
     label_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the labelled scenes to train on.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampled voxels.")] = 0,
+    split: Annotated[str, typer.Option("--split", help="Scored split.")] = "val",
+    knn: Annotated[int, typer.Option("--knn", min=0, help="Nearest labelled voxels that vote; 0 leaves them out.")] = 20,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Look at the teacher of a pre-training instead of its encoder.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Train a linear classifier on the frozen encoder's features and score it."""
-    from picture3d.commands.score import probe as command
+    """Read a frozen encoder's features out: linear classifier, nearest neighbours, effective rank; class by class."""
+    from picture3d.commands.probe import probe as command
 
-    _show(command(run, data=data, label_share=label_share, seed=seed, as_json=as_json, device=device, threads=threads))
+    told = command(
+        run,
+        data=data,
+        label_share=label_share,
+        seed=seed,
+        as_json=as_json,
+        device=device,
+        threads=threads,
+        split=split,
+        neighbours=knn,
+        teacher=teacher,
+    )
+    _show(told)
 
 
 @app.command()
@@ -670,7 +687,7 @@ def experiment_label_efficiency(
         list[str] | None, typer.Option("--finetune-set", metavar="KEY=VALUE", help="Change every fine-tuning. Repeatable.")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Scored split.")] = "val",
-    with_probe: Annotated[bool, typer.Option("--probe", help="Also fit a linear probe to each frozen encoder.")] = False,
+    with_probe: Annotated[bool, typer.Option("--probe", help="Also probe each frozen encoder, as `probe` does.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     device: Device = "auto",
     threads: Threads = 0,

@@ -103,14 +103,16 @@ def training_batches(
     return batches
 
 
-def scoring_batches(data: DataConfig, *, root: Path | None, split: str | None, labels: bool = True) -> FrameBatches:
+def scoring_batches(
+    data: DataConfig, *, root: Path | None, split: str | None, labels: bool = True, targets: FeatureSource | None = None
+) -> FrameBatches:
     """Every frame of a split once, alone, in order, as it is: no augmentation, every label (or none), nothing left out."""
     whole = data.model_copy(
         update={"root": root or data.root, "split": split, "label_share": 1.0, "every": 1, "max_frames": None, "also": ()}
         # Every labelled point counts, those outside the grid too: the network answers for them.
         | {"labels": labels, "box_classes": (), "range_min": None, "range_max": None}
     )
-    return FrameBatches(whole, batch_size=1, seed=0, train=False)
+    return FrameBatches(whole, batch_size=1, seed=0, train=False, targets=targets)
 
 
 def sample_batch(data: DataConfig, frames: int) -> PointBatch:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from picture3d.commands.build import training_batches
-from picture3d.commands.score import probe, run_evaluation
+from picture3d.commands.probe import probe
+from picture3d.commands.score import run_evaluation
 from picture3d.commands.train import run_finetuning, run_pretraining
 from picture3d.errors import ConfigError, DataError
 from picture3d.evaluation.label_efficiency import CellScore, LabelEfficiencyRow, label_efficiency, markdown_table
@@ -30,6 +31,7 @@ from picture3d.training.runlog import RunFolder, duration
 from picture3d.view.curves import line_chart
 
 SCRATCH = "scratch"
+PROBED = ("probe_miou", "knn_miou", "rank")  # what a row says of its frozen encoder, if that was asked for
 _MAX_BYTES = 1 << 22
 _COLORS = ("#6b7280", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8a800")
 
@@ -149,11 +151,7 @@ def _do_cells(plan: Plan, out: Path, method: str, seed: int, shares: Sequence[fl
         done = run_pretraining(plan.pretraining(method, seed), encoder, True, device, threads)
         seconds["pretrain"] = round(done.seconds, 1)
         if plan.with_probe:
-            summary = RunFolder(encoder).summary()
-            if "probe_miou" not in summary:
-                probe(encoder, data=None, label_share=1.0, seed=seed, as_json=True, device=device, threads=threads)
-                summary = RunFolder(encoder).summary()
-            extra["probe_miou"] = summary["probe_miou"]
+            extra = {name: _probed(encoder, seed, plan.split, device, threads)[name] for name in PROBED}
     for share in shares:
         config = plan.tuning(share, seed, encoder)
         folder = out / "runs" / f"{method}-{share:g}-seed{seed}"
@@ -177,6 +175,15 @@ def _do_cells(plan: Plan, out: Path, method: str, seed: int, shares: Sequence[fl
             **extra,
         }
         write_json(_row_path(out, method, share, seed), row)
+
+
+def _probed(run: Path, seed: int, split: str, device: str, threads: int) -> dict[str, Any]:
+    """What `probe` leaves in the summary of a run, made now if it is not there yet."""
+    summary = RunFolder(run).summary()
+    if not all(name in summary for name in PROBED):
+        probe(run, data=None, label_share=1.0, seed=seed, as_json=True, device=device, threads=threads, split=split)
+        summary = RunFolder(run).summary()
+    return summary
 
 
 def _row_path(out: Path, method: str, share: float, seed: int) -> Path:

@@ -1,9 +1,9 @@
-"""`evaluate` and `probe`: what a trained network is worth, as a table, as JSON and in its run folder."""
+"""`evaluate`: what a fine-tuned network is worth, as a table, as JSON and in its run folder."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from picture3d.commands.build import build_segmentation, read_run_config, scoring_batches
@@ -49,35 +49,6 @@ def run_evaluation(run: Path, *, data: Path | None, split: str, device: str, thr
     return scores
 
 
-def probe(
-    run: Path, *, data: Path | None, label_share: float, seed: int, as_json: bool, device: str, threads: int, split: str = "val"
-) -> str:
-    """Trains and scores a linear classifier on a frozen encoder; returns the table, or JSON."""
-    from picture3d.tasks.encoder import JoinedEncoder, load_encoder
-    from picture3d.tasks.probe import ProbeConfig, evaluate_probe, fit_probe
-
-    machine = start(device, threads)
-    config = read_run_config(run)
-    share = config.data.with_overrides([f"label_share={label_share}"])  # checked, as a copy's values are not
-    encoder = JoinedEncoder(config.grid.grid, config.in_features, config.encoder, pillars=config.grid.pillars).to(machine)
-    load_encoder(encoder, run)
-    train = FrameBatches(
-        share.model_copy(update={"root": data or config.data.root, "also": (), "labels": True, "augment": None}),
-        batch_size=1,
-        seed=seed,
-        train=False,
-    )
-    test = scoring_batches(config.data, root=data, split=split)
-    with Progress("probe: features") as progress:
-        classifier = fit_probe(encoder, counted(train, progress), ProbeConfig(seed=seed))
-    with Progress("probe: scores") as progress:
-        scores = evaluate_probe(classifier, counted(test, progress), class_names(test))
-    folder = RunFolder(run)
-    folder.write_json("probe.json", {"label_share": label_share, "seed": seed, **scores.to_json()})
-    folder.update_summary({"probe_miou": scores.miou})
-    return json.dumps(scores.to_json()) if as_json else table(f"linear probe of {run}", scores)
-
-
 def class_names(batches: FrameBatches) -> tuple[str, ...]:
     """Names of the training classes of a dataset.
 
@@ -99,10 +70,13 @@ def counted(batches: FrameBatches, progress: Progress) -> Iterator[PointBatch]:
 
 def table(title: str, scores: SegmentationScores) -> str:
     """Plain text: IoU per class and the mean."""
-    rows = [("class", "IoU %", "points", "predicted"), *scores.table_rows()]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join([title, *aligned([("class", "IoU %", "points", "predicted"), *scores.table_rows()])])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table: a heading, a rule, and the rows; the first column begins, the others end below each other."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows
     ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([title, *lines])
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]

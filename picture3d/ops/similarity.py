@@ -1,7 +1,9 @@
-"""Linear CKA: how far two sets of features of the same rows agree, whatever rotation and scale either of them has.
+"""Linear CKA: how far two sets of features of the same rows agree, whatever rotation and scale either of them has. Effective
+rank: how many directions one set really uses.
 
 For column-centred X (n, d) and Y (n, e): |Y'X|_F^2 / (|X'X|_F |Y'Y|_F). This form needs d x e sums and never an n x n matrix,
-so rows can be streamed. Source: Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019.
+so rows can be streamed. Sources: Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019; Roy
+and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007, here of the covariance's eigenvalues.
 """
 
 from __future__ import annotations
@@ -100,6 +102,27 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     moments = CrossMoments([x.shape[1]], [y.shape[1]])
     moments.add([x], [y])
     return float(moments.cka()[0, 0])
+
+
+def effective_rank(features: Tensor, weight: Tensor | None = None) -> Tensor:
+    """() float32: exponential of the entropy of the covariance's eigenvalues, 1..D; 0 where all rows are the same.
+
+    Args:
+        features: (M, D) float; 0 for fewer than two rows.
+        weight: (M,) float, 0 or more: how much each row counts; None: all alike.
+    """
+    if len(features) < 2:
+        return features.new_zeros((), dtype=torch.float32)
+    rows = features.double()
+    share = torch.full_like(rows[:, 0], 1 / len(rows)) if weight is None else weight.double() / weight.double().sum()
+    centred = rows - share @ rows
+    values = torch.linalg.eigvalsh((centred * share[:, None]).mT @ centred).clamp(min=0)
+    total = values.sum()
+    # What rounding leaves of a constant feature is not variation: it is set against the size of the values themselves.
+    total = torch.where(total > 1e-24 * (share @ rows.square()).sum(), total, 0.0)
+    part = values / torch.where(total > 0, total, 1.0)
+    entropy = torch.special.entr(part).sum()
+    return torch.where(total > 0, entropy.exp(), 0.0).float()
 
 
 def _slices(sizes: Sequence[int]) -> list[slice]:

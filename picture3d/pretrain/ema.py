@@ -2,7 +2,7 @@
 
 No labels, no other network. Its features are the encoder's own, so nothing but habit keeps them from becoming the same
 everywhere; `SelfTeacher.watch` measures that in every step. After "Bootstrap your own latent" (BYOL, 2020) and "data2vec"
-(2022); effective rank after Roy and Vetterli, "The effective rank" (2007), of the covariance's eigenvalues.
+(2022).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from picture3d.errors import TrainingError
 from picture3d.models.dsvt import Dsvt
 from picture3d.models.voxel_encoder import EncodedVoxels
 from picture3d.ops.scatter import gather_rows
+from picture3d.ops.similarity import effective_rank
 from picture3d.structures.batch import PointBatch
 
 
@@ -163,20 +164,3 @@ def feature_spread(features: Tensor) -> Tensor:
     if len(features) < 2:
         return features.new_zeros((), dtype=torch.float32)
     return features.double().var(0, correction=0).sum().sqrt().float()
-
-
-def effective_rank(features: Tensor) -> Tensor:
-    """() float32: exponential of the entropy of the covariance's eigenvalues, 1..D; 0 where all rows are the same.
-
-    Args:
-        features: (M, D) float; 0 for fewer than two rows.
-    """
-    if len(features) < 2:
-        return features.new_zeros((), dtype=torch.float32)
-    centred = features.double()
-    centred = centred - centred.mean(0)
-    values = torch.linalg.eigvalsh(centred.mT @ centred / len(features)).clamp(min=0)
-    total = values.sum()
-    share = values / torch.where(total > 0, total, 1.0)
-    entropy = torch.special.entr(share).sum()
-    return torch.where(total > 0, entropy.exp(), 0.0).float()

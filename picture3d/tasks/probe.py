@@ -1,8 +1,9 @@
-"""Linear probe: what a frozen encoder already knows, read out by one linear layer on its joined voxel features.
+"""Probe: what a frozen encoder, or a teacher, already knows, read out of its voxel features without training it any further.
 
 1. `sample_voxels` keeps at most so many labelled voxels of each class, drawn evenly from all frames in one pass.
-2. `fit_linear` finds the one linear classifier of least loss on them: a convex problem, solved by L-BFGS from zero, so its
-   answer depends on the features and hardly on the seed.
+2. `fit_probe` reads them out in the three ways of `tasks.readouts`: the one linear classifier of least loss (a convex problem,
+   solved by L-BFGS from zero, so its answer depends on the features and hardly on the seed), the nearest labelled voxels, and
+   the effective rank of the features.
 3. `evaluate_probe` gives each point the class of its voxel and scores points as `tasks.segmentation` does.
 
 The encoder runs with the running statistics of its norms and is never changed.
@@ -17,34 +18,29 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from picture3d.config import FrozenConfig
 from picture3d.errors import DataError
 from picture3d.evaluation.segmentation import ConfusionMatrix, SegmentationScores
-from picture3d.ops.scatter import segment_count
-from picture3d.ops.voxelize import VoxelAssignment
+from picture3d.ops.scatter import segment_count, segment_mean
+from picture3d.ops.voxelize import VoxelAssignment, assign_voxels
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.voxels import VoxelGrid
 from picture3d.tasks.encoder import JoinedFeatures
 from picture3d.tasks.outside import classes_of_points
+from picture3d.tasks.readouts import (
+    FeatureRank,
+    LinearClassifier,
+    NeighbourClassifier,
+    ProbeConfig,
+    VoxelSample,
+    feature_rank,
+    fit_linear,
+    fit_neighbours,
+)
 from picture3d.tasks.segmentation import IGNORED, labels_of
 
 _MOST_CLASSES = 256  # labels are bytes
-
-
-class ProbeConfig(FrozenConfig):
-    """How the linear classifier is found."""
-
-    voxels_per_class: int = Field(default=2000, ge=1, description="most voxels of one class that are kept, over all frames")
-    balance: float = Field(
-        default=0.5, ge=0, le=1, description="0: a class weighs as it occurs; 1: every class weighs the same"
-    )
-    weight_penalty: float = Field(default=1e-4, ge=0, description="times half the squared weights, of standardised features")
-    max_iterations: int = Field(default=100, ge=1, description="iterations of L-BFGS")
-    seed: int = Field(default=0, ge=0, description="which voxels are kept")
 
 
 class FeatureEncoder(Protocol):
@@ -57,50 +53,71 @@ class FeatureEncoder(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class VoxelSample:
-    """Labelled voxels with frozen features, on the CPU."""
+class TeacherVoxels:
+    """A teacher in the place of an encoder: the mean of its features over each voxel's points, zeros where it knows none.
 
-    feats: Tensor  # (n, D) float32
-    labels: Tensor  # (n,) int64, ascending; never the ignored class
-    seen: dict[int, int]  # class -> labelled voxels of it in all frames, of which at most `voxels_per_class` were kept
+    Args:
+        grid: the voxels; those of an encoder, for numbers that can be set beside it.
+        pillars: pillars instead of voxels.
+    """
 
+    def __init__(self, grid: VoxelGrid, *, pillars: bool = False) -> None:
+        self.grid, self.pillars = grid, pillars
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LinearClassifier:
-    """P linear functions of a feature; the largest one wins."""
+    def joined_features(self, batch: PointBatch) -> JoinedFeatures:
+        """Features of the occupied voxels of a batch and of their points.
 
-    classes: Tensor  # (P,) int64: the classes that occurred in training
-    weight: Tensor  # (P, D) float32, of features as the encoder gives them
-    bias: Tensor  # (P,) float32
-    loss: float  # that the fit ended with
-    iterations: int  # that the fit took
-
-    def classify(self, feats: Tensor) -> Tensor:
-        """(M,) int64 classes of (M, D) features."""
-        weight, bias = self.weight.to(feats.device), self.bias.to(feats.device)
-        return self.classes.to(feats.device)[F.linear(feats.float(), weight, bias).argmax(1)]
+        Raises:
+            DataError: if the batch has no teacher features.
+        """
+        if batch.cell_features is None or batch.point_cell is None:
+            raise DataError(f"{', '.join(batch.frame_names)}: no features of a teacher; run `picture3d targets` on this data")
+        assignment = assign_voxels(batch.xyz, batch.sample, batch.batch_size, self.grid, per_pillar=self.pillars)
+        cell = batch.point_cell[assignment.point_index]
+        points = torch.zeros(len(cell), batch.cell_features.shape[1], device=cell.device)
+        known = (cell >= 0).nonzero().squeeze(1)
+        points[known] = batch.cell_features[cell[known]].float()
+        voxels = segment_mean(points[known], assignment.voxel_of_point[known], assignment.num_voxels)
+        return JoinedFeatures(voxels, assignment, points)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Probe:
-    """A frozen encoder and the classifier fitted to it."""
+    """A frozen encoder and what was fitted to it."""
 
     encoder: FeatureEncoder
-    classifier: LinearClassifier
-    sample_size: int  # voxels the classifier was fitted on
+    linear: LinearClassifier
+    neighbours: NeighbourClassifier | None
+    rank: FeatureRank
+    sample_size: int  # voxels the linear classifier was fitted on
 
-    def predict(self, batch: PointBatch, *, wanted: Tensor | None = None) -> Tensor:
-        """(N,) int64 classes of all points of a batch; points outside the grid as in `tasks.outside`."""
+    def predict(self, batch: PointBatch, *, wanted: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(N,) int64 classes of all points of a batch, by the linear classifier and by neighbours (None without them).
+
+        Points outside the grid as in `tasks.outside`.
+        """
         with _frozen(self.encoder):
             joined = self.encoder.joined_features(batch)
-        voxel_class = self.classifier.classify(joined.feats)
-        point_class = voxel_class[joined.assignment.voxel_of_point]
-        return classes_of_points(batch, joined.assignment, self.encoder.grid, point_class, voxel_class, wanted)
+        found = []
+        for classifier in (self.linear, self.neighbours):
+            if classifier is None:
+                continue
+            voxel_class = classifier.classify(joined.feats)
+            point_class = voxel_class[joined.assignment.voxel_of_point]
+            found.append(classes_of_points(batch, joined.assignment, self.encoder.grid, point_class, voxel_class, wanted))
+        return found[0], found[1] if self.neighbours is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeScores:
+    """Scores of both classifiers on the same points."""
+
+    linear: SegmentationScores
+    neighbours: SegmentationScores | None
 
 
 def fit_probe(encoder: FeatureEncoder, batches: Iterable[PointBatch], config: ProbeConfig | None = None) -> Probe:
-    """Fits a linear classifier to the frozen features of labelled frames.
+    """Fits the classifiers to the frozen features of labelled frames.
 
     Args:
         encoder: gives the features; not changed.
@@ -112,22 +129,26 @@ def fit_probe(encoder: FeatureEncoder, batches: Iterable[PointBatch], config: Pr
     """
     config = config or ProbeConfig()
     sample = sample_voxels(encoder, batches, config)
-    return Probe(encoder, fit_linear(sample, config), len(sample.labels))
+    neighbours = fit_neighbours(sample, config) if config.neighbours else None
+    return Probe(encoder, fit_linear(sample, config), neighbours, feature_rank(sample), len(sample.labels))
 
 
-def evaluate_probe(probe: Probe, batches: Iterable[PointBatch], class_names: tuple[str, ...]) -> SegmentationScores:
+def evaluate_probe(probe: Probe, batches: Iterable[PointBatch], class_names: tuple[str, ...]) -> ProbeScores:
     """Scores a probe on labelled frames, as `evaluate_segmentation` scores a network.
 
     Raises:
         DataError: if a batch has no labels, or labels outside the classes.
     """
     device = _device(probe.encoder)
-    matrix = ConfusionMatrix(class_names, ignored=IGNORED)
+    linear, near = (ConfusionMatrix(class_names, ignored=IGNORED) for _ in range(2))
     for batch in batches:
         labels = labels_of(batch, len(class_names))
-        prediction = probe.predict(batch.to(device), wanted=(labels != IGNORED).to(device))
-        matrix.add(labels.cpu().numpy(), prediction.cpu().numpy(), where=", ".join(batch.frame_names))
-    return matrix.scores()
+        by_linear, by_neighbours = probe.predict(batch.to(device), wanted=(labels != IGNORED).to(device))
+        where = ", ".join(batch.frame_names)
+        linear.add(labels.cpu().numpy(), by_linear.cpu().numpy(), where=where)
+        if by_neighbours is not None:
+            near.add(labels.cpu().numpy(), by_neighbours.cpu().numpy(), where=where)
+    return ProbeScores(linear.scores(), near.scores() if probe.neighbours is not None else None)
 
 
 def sample_voxels(encoder: FeatureEncoder, batches: Iterable[PointBatch], config: ProbeConfig) -> VoxelSample:
@@ -184,38 +205,6 @@ def voxel_labels(labels: Tensor, assignment: VoxelAssignment) -> Tensor:
     # The smallest class comes first among equals by its place in the key, not by the order in which argmax looks.
     best = (count * classes + torch.arange(classes - 1, -1, -1, device=count.device)).argmax(1)
     return torch.where(count.sum(1) > 0, best, IGNORED)
-
-
-def fit_linear(sample: VoxelSample, config: ProbeConfig) -> LinearClassifier:
-    """The linear classifier of least weighted cross-entropy plus weight penalty, on standardised features."""
-    classes, target, kept = torch.unique(sample.labels, return_inverse=True, return_counts=True)
-    seen = torch.tensor([sample.seen[c] for c in classes.tolist()], dtype=torch.float64)
-    share = seen ** (1 - config.balance)
-    row_weight = (share / share.sum() / kept)[target].float()  # sums to 1
-    mean = (row_weight[:, None] * sample.feats).sum(0)
-    deviation = (row_weight[:, None] * (sample.feats - mean).square()).sum(0).sqrt()
-    scale = torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 0.0)  # a constant column says nothing
-    standard = (sample.feats - mean) * scale
-
-    weight = torch.zeros(len(classes), standard.shape[1], requires_grad=True)
-    bias = torch.zeros(len(classes), requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=config.max_iterations, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-7
-    )
-
-    def loss() -> Tensor:
-        solver.zero_grad()
-        cost = F.cross_entropy(F.linear(standard, weight, bias), target, reduction="none")
-        value = (row_weight * cost).sum() + config.weight_penalty / 2 * weight.square().sum()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        solver.step(loss)
-        final = loss().item()
-    iterations = int(solver.state[weight]["n_iter"])
-    weight, bias = weight.detach() * scale, bias.detach()
-    return LinearClassifier(classes, weight, bias - weight @ mean, final, iterations)
 
 
 @contextmanager

@@ -104,6 +104,24 @@ def test_scores_are_printed_as_json_and_kept_in_the_run(way: Way):
     assert json.loads((run / "summary.json").read_text())["miou_val"] == printed["miou"]
     probe = json.loads(way.said["probe"])
     assert json.loads((way.root / "runs" / "picture" / "probe.json").read_text())["miou"] == probe["miou"]
+    assert set(probe["knn"]["iou"]) == set(probe["iou"])
+    rank = probe["effective_rank"]
+    assert rank["columns"] == 64
+    assert 1 < rank["overall"] <= 64
+    assert set(rank["by_class"]) <= set(probe["iou"])
+    summary = json.loads((way.root / "runs" / "picture" / "summary.json").read_text())
+    assert (summary["probe_miou"], summary["knn_miou"]) == (probe["miou"], probe["knn"]["miou"])
+    assert summary["rank"] == rank["overall"]
+
+
+def test_the_teacher_of_a_pre_training_is_probed_on_the_voxels_of_its_encoder(way: Way):
+    text = do("probe", way.root / "runs" / "picture", "--teacher", "--knn", 0)
+    head, *rows, note = text.splitlines()
+    assert head.startswith("probe of the teacher of")
+    assert "(64 columns)" in note
+    assert all(row.split()[-3] == "-" for row in rows[2:])  # no neighbours were asked for
+    kept = json.loads((way.root / "runs" / "picture" / "probe_teacher.json").read_text())
+    assert f"{100 * kept['miou']:.2f}" == rows[-1].split()[-4]
 
 
 def test_evaluate_prints_a_table_of_all_classes(way: Way):
@@ -198,6 +216,7 @@ def test_scores_are_refused_where_they_mean_nothing(
 ):
     assert "picture3d probe" in refused(monkeypatch, capsys, "evaluate", way.root / "runs" / "picture")
     assert "label_share" in refused(monkeypatch, capsys, "probe", way.root / "runs" / "picture", "--label-share", 0)
+    assert "no teacher" in refused(monkeypatch, capsys, "probe", way.root / "runs" / "segment-picture", "--teacher")
     run = tmp_path / "unfinished"
     run.mkdir()
     shutil.copy(way.root / "runs" / "segment-scratch" / "config.json", run)

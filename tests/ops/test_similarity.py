@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from picture3d.ops.similarity import CrossMoments, linear_cka, weight_disparity
+from picture3d.ops.similarity import CrossMoments, effective_rank, linear_cka, weight_disparity
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -96,3 +96,26 @@ def test_weight_disparity_is_mean_and_variance_over_all_numbers():
     assert all(math.isnan(value) for value in weight_disparity([], []))
     with pytest.raises(ValueError, match="shapes"):
         weight_disparity(before, after[:1])
+
+
+def test_the_effective_rank_is_the_number_of_equal_directions():
+    axes = torch.cat([torch.eye(5), -torch.eye(5)])  # five directions of equal variance among eight columns
+    assert float(effective_rank(torch.nn.functional.pad(axes, (0, 3)))) == pytest.approx(5, abs=1e-5)
+    line = torch.linspace(-1, 1, 50, dtype=torch.float64)[:, None] * normal(1, 8)
+    assert float(effective_rank(line)) == pytest.approx(1, abs=1e-4)
+    assert float(effective_rank(torch.ones(50, 8))) == 0
+    assert float(effective_rank(torch.ones(1, 8))) == 0
+    features = normal(200, 8)
+    singular = torch.linalg.svdvals(features - features.mean(0))
+    share = singular.square() / singular.square().sum()
+    assert float(effective_rank(features)) == pytest.approx(math.exp(-float((share * share.log()).sum())), rel=1e-6)
+
+
+def test_a_row_of_weight_two_counts_as_two_rows_in_the_effective_rank():
+    features, times = normal(40, 6), torch.arange(40) % 3
+    repeated = features.repeat_interleave(times, 0)
+    assert float(effective_rank(features, times.float())) == pytest.approx(float(effective_rank(repeated)), rel=1e-6)
+
+
+def test_rounding_of_a_constant_feature_has_no_rank():
+    assert float(effective_rank(torch.full((7, 3), 0.1), torch.full((7,), 0.3))) == 0

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from picture3d.errors import ConfigError, TrainingError
-from picture3d.pretrain.ema import EmaConfig, SelfTeacher, effective_rank, feature_spread
+from picture3d.pretrain.ema import EmaConfig, SelfTeacher, feature_spread
 from picture3d.pretrain.losses import LossConfig
 from picture3d.pretrain.masking import MaskConfig
 from picture3d.pretrain.picture import Picture, PretrainTask, pretrain_step
@@ -136,19 +135,6 @@ def test_an_empty_batch_passes_through():
 
 
 # --- the alarm --------------------------------------------------------------------------------------------------------
-
-
-def test_the_effective_rank_is_the_number_of_equal_directions():
-    axes = torch.cat([torch.eye(5), -torch.eye(5)])  # five directions of equal variance among eight columns
-    assert float(effective_rank(torch.nn.functional.pad(axes, (0, 3)))) == pytest.approx(5, abs=1e-5)
-    line = torch.linspace(-1, 1, 50)[:, None] * torch.randn(1, 8, generator=generator())
-    assert float(effective_rank(line)) == pytest.approx(1, abs=1e-4)
-    assert float(effective_rank(torch.ones(50, 8))) == 0
-    assert float(effective_rank(torch.ones(1, 8))) == 0
-    features = torch.randn(200, 8, generator=generator())
-    singular = np.linalg.svd(features.double().numpy() - features.double().numpy().mean(0), compute_uv=False)
-    share = singular**2 / (singular**2).sum()
-    assert float(effective_rank(features)) == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-6)
 
 
 def test_the_spread_of_unit_rows_runs_from_zero_to_one():
