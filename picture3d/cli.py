@@ -711,7 +711,7 @@ def experiment_label_efficiency(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that holds run folders (as `demo` leaves it).")],
+    folder: Annotated[Path, typer.Argument(help="Folder that holds run folders (as `demo` leaves it), or an experiment.")],
     data: DataOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="The page; default FOLDER/report.html.")] = None,
     device: Device = "auto",

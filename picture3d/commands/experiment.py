@@ -7,7 +7,7 @@ in ``experiment.json``, and another value of it is refused.
     experiment.json   data, fine-tuning recipe and the settings changed in it and in pre-training
     cells/*.json      one row per finished cell; these are the result, the folders below only how it came about
     runs/             run folders: pretrain-<recipe>-seed<n>, then <method>-<share>-seed<n>
-    results.json, table.md, curves.svg
+    results.json, table.md, curves.svg, report.html
 """
 
 from __future__ import annotations
@@ -19,21 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from picture3d.commands.build import training_batches
+from picture3d.commands.experiment_page import KIND, MAX_BYTES, PROBED, SCRATCH, curves_svg, experiment_page, read_cells
 from picture3d.commands.probe import probe
 from picture3d.commands.score import run_evaluation
 from picture3d.commands.train import run_finetuning, run_pretraining
+from picture3d.datasets.prepared import PreparedDataset
 from picture3d.errors import ConfigError, DataError
-from picture3d.evaluation.label_efficiency import CellScore, LabelEfficiencyRow, label_efficiency, markdown_table
+from picture3d.evaluation.label_efficiency import label_efficiency, markdown_table
 from picture3d.files import read_json_object, sole_writer, write_json, write_text
 from picture3d.recipes.catalogue import pretraining_recipe, segmentation_recipe
 from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
 from picture3d.training.runlog import RunFolder, duration
-from picture3d.view.curves import line_chart
-
-SCRATCH = "scratch"
-PROBED = ("probe_miou", "knn_miou", "rank")  # what a row says of its frozen encoder, if that was asked for
-_MAX_BYTES = 1 << 22
-_COLORS = ("#6b7280", "#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8a800")
+from picture3d.view.report import render_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +48,15 @@ class Plan:
     with_probe: bool = False
 
     def common(self) -> dict[str, Any]:
-        """What every cell of a folder must agree in."""
+        """What every cell of a folder must agree in. The data is known by what it holds, so that another machine may go on."""
+        data = PreparedDataset(self.data)
         return {
-            "kind": "label-efficiency",
-            "data": str(self.data.resolve()),
+            "kind": KIND,
+            "data": {
+                "name": data.name,
+                "keyframes": {split: len(data.keyframes(split)) for split in data.splits},
+                "points": sum(data.summary(log).points for log in data.logs()),
+            },
             "finetuning": self.finetuning,
             "pretrain_set": list(self.pretrain_set),
             "finetune_set": list(self.finetune_set),
@@ -98,50 +100,15 @@ def label_efficiency_experiment(plan: Plan, out: Path, *, device: str, threads: 
         write_json(out / "results.json", tree)
         table = markdown_table(rows, measure="mIoU")
         write_text(out / "table.md", table + "\n")
-        write_text(out / "curves.svg", curves_svg(rows, cells) + "\n")
+        page = experiment_page(out, methods)
+        assert page.experiment is not None
+        write_text(out / "curves.svg", curves_svg(page.experiment) + "\n")
+        render_report(page, out / "report.html")
     if as_json:
         return json.dumps(tree)
-    seconds = sum(sum(row["seconds"].values()) for _, row in cells)
-    return f"{table}\n\n{len(cells)} cells, {duration(seconds)} of training and scoring; {out / 'curves.svg'}"
-
-
-def read_cells(out: Path, first: Sequence[str]) -> tuple[list[str], list[tuple[CellScore, dict[str, Any]]]]:
-    """All finished cells of a folder, and their methods: those in `first` first, then others by name.
-
-    Raises:
-        DataError: if a row cannot be read.
-    """
-    cells = []
-    for path in sorted((out / "cells").glob("*.json")):
-        row = read_json_object(path, max_bytes=_MAX_BYTES)
-        try:
-            cell = CellScore(str(row["method"]), float(row["share"]), int(row["seed"]), float(row["miou"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{path}: not a row of this experiment ({error!r}). Remove it, and the cell is done again."
-            ) from None
-        cells.append((cell, row))
-    found = {cell.method for cell, _ in cells}
-    return [m for m in first if m in found] + sorted(found - set(first)), cells
-
-
-def curves_svg(rows: Sequence[LabelEfficiencyRow], cells: Sequence[tuple[CellScore, dict[str, Any]]]) -> str:
-    """Mean mIoU in per cent over the number of labelled keyframes, a line per method."""
-    frames = {cell.share: int(row["labelled_frames"]) for cell, row in cells}
-    methods = list(dict.fromkeys(row.method for row in rows))
-    lines = {
-        method: (
-            [frames[r.share] for r in rows if r.method == method],
-            [100 * r.score.mean for r in rows if r.method == method],
-        )
-        for method in methods
-    }
-    colors = {method: _COLORS[i % len(_COLORS)] for i, method in enumerate(methods)}
-    chart = line_chart(lines, colors=colors, title="mIoU, %", x_label="labelled keyframes", size=(520, 300))
-    legend = "".join(
-        f'<text x="56" y="{22 + 16 * i}" fill="{colors[method]}">{method}</text>' for i, method in enumerate(methods)
-    )
-    return chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace("</svg>", legend + "</svg>")
+    pretraining = {(cell.method, cell.seed): row["seconds"].get("pretrain", 0.0) for cell, row in cells}  # one for all shares
+    seconds = sum(pretraining.values()) + sum(row["seconds"]["finetune"] for _, row in cells)
+    return f"{table}\n\n{len(cells)} cells, {duration(seconds)} of training; report: {out / 'report.html'}"
 
 
 def _do_cells(plan: Plan, out: Path, method: str, seed: int, shares: Sequence[float], device: str, threads: int) -> None:
@@ -172,6 +139,7 @@ def _do_cells(plan: Plan, out: Path, method: str, seed: int, shares: Sequence[fl
             "labelled_frames": len(training_batches(config, None).keys),
             "steps": done.steps,
             "seconds": {**seconds, "finetune": round(done.seconds, 1)},
+            "environment": read_json_object(RunFolder(folder).environment_path, max_bytes=MAX_BYTES),
             **extra,
         }
         write_json(_row_path(out, method, share, seed), row)
@@ -216,7 +184,7 @@ def _check(plan: Plan) -> None:
 
 
 def _check_same(path: Path, plan: Plan) -> None:
-    found, wanted = read_json_object(path, max_bytes=_MAX_BYTES), plan.common()
+    found, wanted = read_json_object(path, max_bytes=MAX_BYTES), plan.common()
     different = [key for key in wanted if found.get(key) != wanted[key]]
     if different:
         said = "; ".join(f"{key} is {found.get(key)!r} there, {wanted[key]!r} now" for key in different)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from picture3d.commands.build import build_picture, build_segmentation, build_targets, read_run_config
 from picture3d.commands.compare import read_comparison
+from picture3d.commands.experiment_page import experiment_page, is_experiment
 from picture3d.commands.machine import start
 from picture3d.datasets.loading import collate
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
@@ -47,7 +48,9 @@ class Run:
 
 
 def report(folder: Path, *, data: Path | None, out: Path | None, device: str, threads: int) -> str:
-    """Writes the page of a folder of runs; returns where it is."""
+    """Writes the page of a folder of runs, or of an experiment; returns where it is."""
+    if is_experiment(folder):
+        return f"report: {render_report(experiment_page(folder), out or folder / 'report.html')}"
     page = write_report(folder, data=data, out=out, device=device, threads=threads)
     return f"report: {page}"
 

@@ -23,6 +23,8 @@ def line_chart(
     title: str,
     x_label: str = "step",
     log: bool = False,
+    log_x: bool = False,
+    whiskers: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]] | None = None,
     size: tuple[int, int] = (340, 220),
 ) -> str:
     """Curves of several runs over one pair of axes, as an ``<svg>`` that scales with its box.
@@ -33,6 +35,8 @@ def line_chart(
         title: read aloud by screen readers and shown by browsers on hovering.
         x_label: below the axis.
         log: logarithmic y axis.
+        log_x: logarithmic x axis, with a tick at every x that occurs; all x must be above 0.
+        whiskers: run to (x, low, high): a bar from low to high at each x; bars whose ends are not finite are left out.
         size: of the drawing's own units.
 
     Returns:
@@ -44,15 +48,22 @@ def line_chart(
         return ""
     width, height = size
     left, right, top, bottom = 48, 10, 8, 38
-    x_limits = min(c[0].min() for c in curves.values()), max(c[0].max() for c in curves.values())
-    ys = np.concatenate([c[1] for c in curves.values()])
+    bars = {name: _finite(*ends) for name, ends in (whiskers or {}).items() if name in curves}
+    every_x = np.unique(np.concatenate([c[0] for c in curves.values()]))
+    x_limits = every_x[0], every_x[-1]
+    ys = np.concatenate([*(c[1] for c in curves.values()), *(end for _, *ends in bars.values() for end in ends)])
     y_ticks = _log_ticks(ys.min(), ys.max()) if log else nice_ticks(_low_end(ys), float(_high_end(ys)), 4)
     y_limits = (min(y_ticks[0], ys.min()), max(y_ticks[-1], ys.max())) if log else (y_ticks[0], y_ticks[-1])
     x_ticks = [t for t in nice_ticks(*x_limits, 4) if x_limits[0] <= t <= x_limits[1] and t == round(t)] or [x_limits[0]]
+    if log_x:
+        x_ticks = every_x.tolist()
+    inset = 14 if whiskers else 0  # room for the outer bars
 
     def place_x(value: ArrayLike) -> NDArray[np.float64]:
-        span = x_limits[1] - x_limits[0]
-        return left + (np.asarray(value, float) - x_limits[0]) / (span or 1) * (width - left - right)
+        value, (low, high) = np.asarray(value, float), x_limits
+        if log_x:
+            value, low, high = np.log10(value), math.log10(low), math.log10(high)
+        return left + inset + (value - low) / ((high - low) or 1) * (width - left - right - 2 * inset)
 
     def place_y(value: ArrayLike) -> NDArray[np.float64]:
         value, low, high = np.asarray(value, float), *y_limits
@@ -87,6 +98,15 @@ def line_chart(
         if smooth is not None:
             parts.append(_path(place_x(x), place_y(y), color, 1.0, 0.28))
         parts.append(_path(place_x(x), place_y(y if smooth is None else smooth), color, 2.0, 1.0))
+    for number, (name, (x, low, high)) in enumerate(bars.items()):
+        # Side by side, so that none hides another.
+        beside = 5.0 * (number - (len(bars) - 1) / 2)
+        color = escape(colors.get(name, "currentColor"), quote=True)
+        for at, a, b in zip(place_x(x) + beside, place_y(low), place_y(high), strict=True):
+            parts.append(
+                f'<path d="M{_number(at - 2)},{_number(a)}h4m-2,0V{_number(b)}m-2,0h4" fill="none" stroke="{color}" '
+                'stroke-width="1.5"/>'
+            )
     return "".join(parts) + "</svg>"
 
 
@@ -160,6 +180,12 @@ def _drawable(x: ArrayLike, y: ArrayLike, log: bool) -> tuple[NDArray[np.float64
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     good = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log))
     return x[good], y[good]
+
+
+def _finite(x: ArrayLike, low: ArrayLike, high: ArrayLike) -> tuple[NDArray[np.float64], ...]:
+    columns = [np.asarray(column, np.float64) for column in (x, low, high)]
+    good = np.isfinite(columns[0]) & np.isfinite(columns[1]) & np.isfinite(columns[2])
+    return tuple(column[good] for column in columns)
 
 
 def _low_end(values: NDArray[np.float64]) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 from picture3d.files import write_text
 from picture3d.view import curves
 from picture3d.view.colors import class_colors, ramp_table
+from picture3d.view.experiment_section import experiment_sections
 from picture3d.view.figures import Figure, background_css, hero_picture, scene_figures
 from picture3d.view.heat_map import HeatMap, heat_map_svg
 from picture3d.view.pictures import data_uri, webp_bytes
@@ -61,6 +62,7 @@ def report_html(data: ReportData) -> str:
         for i, (scene, modes) in enumerate(shown)
     ]
     sections = [
+        *(_section(*found) for found in (experiment_sections(data.experiment, colors) if data.experiment else ())),
         _section("Scores", _scores(data, colors)),
         *(_section("" if i else "Pictures", body) for i, body in enumerate(pictures)),
         _section("Training", "".join(_curve_group(group, colors) for group in data.curves)),
@@ -88,7 +90,7 @@ def report_html(data: ReportData) -> str:
 
 def run_colors(data: ReportData) -> dict[str, str]:
     """Run -> the CSS variable of its colour, the same everywhere on the page."""
-    runs: dict[str, None] = dict.fromkeys(data.scores)
+    runs: dict[str, None] = dict.fromkeys([*(data.experiment.methods if data.experiment else ()), *data.scores])
     for group in data.curves:
         runs |= dict.fromkeys(group.runs)
     for scene in data.scenes:
@@ -333,7 +335,7 @@ def _seconds(seconds: float | None) -> str:
 
 def _run_css(colors: Mapping[str, str]) -> str:
     others = iter(range(len(colors)))
-    pairs = [_NAMED.get(run) or _OTHERS[next(others) % len(_OTHERS)] for run in colors]
+    pairs = [_NAMED.get(run.removeprefix("town-")) or _OTHERS[next(others) % len(_OTHERS)] for run in colors]
     light = "".join(f"--run-{i}:{pair[0]};" for i, pair in enumerate(pairs))
     dark = "".join(f"--run-{i}:{pair[1]};" for i, pair in enumerate(pairs))
     return f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"

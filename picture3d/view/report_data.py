@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from picture3d.evaluation.label_efficiency import LabelEfficiencyRow
 from picture3d.view.colors import Colors
 from picture3d.view.heat_map import HeatMap
 
@@ -113,6 +114,33 @@ class SceneView:
                 raise ValueError(f"scene {self.name}: {name} has {len(column)} rows for {len(self.xyz)} points")
 
 
+@dataclass(frozen=True, slots=True)
+class FrozenEncoder:
+    """What reading out the frozen encoder of a method gave, means over seeds; shares are 0..1, None where not measured."""
+
+    method: str
+    seeds: int
+    linear: float | None
+    neighbours: float | None
+    rank: float | None  # effective rank, 1..columns
+
+
+@dataclass(frozen=True, slots=True)
+class ExperimentView:
+    """A table of methods over shares of the labels, and what belongs to it."""
+
+    rows: Sequence[LabelEfficiencyRow]
+    frames: Mapping[float, int]  # share -> labelled keyframes
+    cells: Sequence[tuple[str, float, int, float, float]] = ()  # method, share, seed, score 0..1, seconds
+    iou: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)  # method -> class -> mean at the least share
+    encoders: Sequence[FrozenEncoder] = ()
+
+    @property
+    def methods(self) -> list[str]:
+        """In the order of the rows; the first one is what gains are over."""
+        return list(dict.fromkeys(row.method for row in self.rows))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ReportData:
     """Everything on the page, in the order of the page."""
@@ -123,6 +151,7 @@ class ReportData:
     scenes: Sequence[SceneView] = ()
     curves: Sequence[CurveGroup] = ()
     comparisons: Sequence[HeatMap] = ()  # of encoders' layers
+    experiment: ExperimentView | None = None  # methods over shares of the labels
     steps: Sequence[Step] = ()
     notes: Sequence[str] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)

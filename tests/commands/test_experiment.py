@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -99,6 +102,48 @@ def test_the_drawing_is_well_formed_and_names_each_method(out: Path):
     text = "".join(ElementTree.fromstring((out / "curves.svg").read_text()).itertext())
     assert "scratch" in text
     assert "town-coordinates" in text
+
+
+def test_the_page_is_made_of_the_rows_alone_and_says_what_the_table_says(out: Path, tmp_path: Path):
+    kept = tmp_path / "rows"
+    shutil.copytree(out / "cells", kept / "cells")
+    shutil.copy(out / "experiment.json", kept)
+    assert do("report", kept).strip() == f"report: {kept / 'report.html'}"
+    assert (kept / "report.html").read_bytes() == (out / "report.html").read_bytes()
+    page = html.unescape(re.sub(r"<[^>]+>", " ", (kept / "report.html").read_text()))
+    for row in json.loads((out / "results.json").read_text())["rows"]:
+        assert f"{100 * row['score']['mean']:.1f}" in page
+    assert "1/2 of the labels, 1 keyframes" in page
+    assert "One seed" in page
+    assert str(tmp_path) not in page
+
+
+def test_an_experiment_without_a_cell_has_no_page(out: Path, tmp_path: Path):
+    shutil.copy(out / "experiment.json", tmp_path)
+    with pytest.raises(DataError, match="no cell is finished"):
+        do("report", tmp_path)
+
+
+def test_rows_say_what_their_frozen_encoder_knows_if_asked(data: Path, tmp_path: Path):
+    do(*words(data, tmp_path / "x", methods="scratch,town-coordinates", shares="1", seeds="0"), "--probe")
+    rows = {row["method"]: row for row in (json.loads(path.read_text()) for path in (tmp_path / "x").glob("cells/*.json"))}
+    probed = json.loads((tmp_path / "x" / "runs" / "pretrain-town-coordinates-seed0" / "summary.json").read_text())
+    assert {name: rows["town-coordinates"][name] for name in experiment.PROBED} == {
+        name: probed[name] for name in experiment.PROBED
+    }
+    assert not set(experiment.PROBED) & set(rows["scratch"])
+    assert "Frozen encoders" in (tmp_path / "x" / "report.html").read_text()
+
+
+def test_the_same_data_elsewhere_goes_on_and_other_data_is_refused(out: Path, data: Path, tmp_path: Path):
+    elsewhere = tmp_path / "moved"
+    shutil.copytree(data, elsewhere)
+    do(*words(elsewhere, out, methods="scratch,town-coordinates", shares="0.5,1", seeds="0"))
+    tree = json.loads((elsewhere / "dataset.json").read_text())
+    tree["splits"]["val"] = []
+    (elsewhere / "dataset.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match="another experiment: data is"):
+        do(*words(elsewhere, out, methods="scratch", shares="0.5", seeds="0"))
 
 
 def test_a_lost_row_is_made_again_and_nothing_else(out: Path, data: Path):

@@ -107,3 +107,23 @@ def test_curves_that_fall_tenfold_span_decades_and_those_that_reach_zero_do_not(
     assert not curves.spans_decades({"a": (steps, [1.0, 0.5, 0.2])})
     assert not curves.spans_decades({"a": (steps, [1.0, 0.5, 0.0])})
     assert not curves.spans_decades({})
+
+
+def test_whiskers_run_from_low_to_high_beside_each_other_and_unknown_ones_are_left_out():
+    lines = {"a": ([1, 4, 16], [1, 2, 3]), "b": ([1, 4, 16], [2, 2, 2])}
+    whiskers = {"a": ([1, 4, 16], [0, np.nan, 2], [2, np.nan, 4]), "b": ([1], [1], [3])}
+    svg = parsed(curves.line_chart(lines, colors=COLORS, title="t", log_x=True, whiskers=whiskers))
+    bars = [(bar.get("stroke"), re.match(r"M([\d.]+),([\d.]+)h4m-2,0V([\d.]+)", bar.get("d", ""))) for bar in svg.iter("path")]
+    assert [color for color, _ in bars] == ["var(--run-0)"] * 2 + ["#d55e00"]
+    found = [[float(v) for v in match.groups()] for _, match in bars if match]
+    assert all(low > high for _, low, high in found)  # down is more on paper
+    assert found[0][0] != found[2][0]
+    # a from 0 to 2, b from 1 to 3, on one axis
+    assert found[0][1] - found[0][2] == pytest.approx(found[2][1] - found[2][2], abs=0.2)
+
+
+def test_equal_factors_lie_evenly_on_a_logarithmic_x_axis_which_marks_every_x():
+    svg = parsed(curves.line_chart({"a": ([12, 48, 192], [1, 2, 3])}, colors=COLORS, title="", log_x=True))
+    x = [float(pair.split(",")[0]) for pair in next(svg.iter("polyline")).get("points", "").split()]
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
+    assert {"12", "48", "192"} <= {text.text for text in svg.iter("text")}
