@@ -143,17 +143,27 @@ def row_cosines(
 
 
 def _encode_principal(features: NDArray[np.float32], basis: PrincipalBasis) -> bytes:
-    """Wide coefficients row by row, narrow ones two to a byte (the first in the low half), then the step of each."""
+    """Wide coefficients row by row, narrow ones two to a byte (the first in the low half), then the step of each.
+
+    A row of zeros, which a teacher gives where it saw nothing, has in its first coefficient a value that no other row takes.
+    """
     coefficients = ((features - basis.mean) @ basis.axes.T).astype(np.float32)
     first, rest = coefficients[:, : basis.wide], coefficients[:, basis.wide :]
     sizes = np.concatenate([best_steps(first, WIDE_STEPS), best_steps(rest, NARROW_STEPS)])
     steps = rounded(first, sizes[: basis.wide], WIDE_STEPS).astype(np.int8)
     halves = np.zeros((len(features), basis.narrow + basis.narrow % 2), np.uint8)
     halves[:, : basis.narrow] = rounded(rest, sizes[basis.wide :], NARROW_STEPS) + _HALF_ZERO
+    nothing = ~features.any(1)
+    if basis.wide:
+        steps[nothing, 0] = _WIDE_NOTHING
+    else:
+        halves[nothing, :1] = _HALF_NOTHING
     return steps.tobytes() + (halves[:, ::2] | halves[:, 1::2] << 4).tobytes() + sizes.astype("<f4").tobytes()
 
 
-_HALF_ZERO = 8  # how a narrow coefficient of zero is written
+_HALF_ZERO = 8  # how a narrow coefficient of zero is written: 1 to 15 are taken
+_HALF_NOTHING = 0  # first coefficient of a row of zeros
+_WIDE_NOTHING = -128  # the same with eight bits, of which -127 to 127 are taken
 
 
 def _decode_principal(data: NDArray[np.uint8], cells: int, basis: PrincipalBasis) -> NDArray[np.float16]:
@@ -168,7 +178,11 @@ def _decode_principal(data: NDArray[np.uint8], cells: int, basis: PrincipalBasis
     # Steps and the zero of the halves go into the small matrix and the mean: one pass over the rows is left.
     axes = torch.from_numpy(basis.axes) * sizes[:, None]
     start = torch.from_numpy(basis.mean) - _HALF_ZERO * axes[basis.wide :].sum(0)
-    return torch.addmm(start, coefficients, axes).to(torch.float16).numpy()
+    features = torch.addmm(start, coefficients, axes).to(torch.float16)
+    if len(basis.axes):
+        # The halves lie shifted by their zero, the wide ones do not.
+        features[coefficients[:, 0] == (_WIDE_NOTHING if basis.wide else _HALF_NOTHING)] = 0
+    return features.numpy()
 
 
 def _principal(basis: FeatureBasis | None, dimension: int) -> PrincipalBasis:

@@ -75,6 +75,19 @@ def test_the_same_frames_give_the_same_basis_bit_for_bit():
     assert basis_digest(books[0]) != basis_digest(first.code_books(torch.Generator().manual_seed(4), books=5))
 
 
+@pytest.mark.parametrize(("wide", "rank"), [(6, 6), (2, 6), (0, 6), (0, 5), (0, 0)])
+def test_a_row_of_zeros_stays_zeros_and_no_other_row_becomes_one(wide: int, rank: int):
+    features = made_features(200)
+    basis = fitted([features]).principal(rank, wide)
+    features[[0, 7, 199]] = 0
+    read = read_back(features, basis)
+    # Without a component there is nothing to tell rows apart by: all are the mean.
+    assert np.flatnonzero(~read.any(1)).tolist() == ([0, 7, 199] if rank else [])
+    if rank:
+        cosines = row_cosines(features, encode_features(features, codec_of(basis), basis), codec_of(basis), basis)
+        assert (cosines[[0, 7, 199]] == 1).all()
+
+
 def test_rows_that_are_not_finite_do_not_enter_the_fit():
     good = made_features(100)
     spoiled = np.concatenate([good, np.full((1, 20), np.nan, np.float32), np.full((1, 20), np.inf, np.float32)])
