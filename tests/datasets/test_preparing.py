@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -150,6 +151,35 @@ def test_a_sweep_that_is_a_link_to_itself_is_not_there(tmp_path, make):
     (file.parent / "again").symlink_to(file.parent, target_is_directory=True)
     chosen = {"skip_missing": True} if make is _once else {}
     assert prepare(tmp_path / "raw", tmp_path / "out", **chosen).frames == whole - 1
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_the_processes_of_a_job_set_the_same_logs_aside_as_one(tmp_path, order):
+    plans = [plan(log, partial(damaged, log) if log in "bd" else partial(good, log, 2)) for log in "abcde"]
+    alone = write(tmp_path / "one", plans)
+    said = [write(tmp_path / "parts", plans, share=(rank, 3)) for rank in order]
+    messages = [f"log {log} is set aside: {log}.raw: cut off at byte 7" for log in "bd"]
+    assert alone.set_aside == said[-1].set_aside == tuple(messages), "the last one tells of all"
+    own = {0: messages[1:], 1: messages[:1], 2: []}  # ranks of logs: a 0, b 1, c 2, d 0, e 1
+    assert set(own[order[0]]) == set(said[0].set_aside), "each tells of its own"
+    one, parts = ({p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.*")} for name in ("one", "parts"))
+    assert one == parts, "no note is left"
+
+
+def test_under_torchrun_a_process_that_set_a_log_aside_ends_after_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    plans = [plan("a", partial(damaged, "a")), plan("b", partial(good, "b", 2))]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(write, tmp_path / "out", plans, share=(0, 2))
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.7)
+        assert write(tmp_path / "out", plans, share=(1, 2)).logs == 1
+        assert waiting.result(timeout=60).set_aside == ("log a is set aside: a.raw: cut off at byte 7",)
+    assert PreparedDataset(tmp_path / "out").logs() == ("b",)
+    monkeypatch.setenv("PICTURE3D_TIMEOUT_S", "0.1")
+    (tmp_path / "out/logs/b.p3d").unlink()
+    write(tmp_path / "out", plans, share=(0, 2))  # the other one never comes: it does not wait for ever
+    assert not (tmp_path / "out" / "dataset.json").exists()
 
 
 def test_a_process_that_dies_is_told_and_what_is_finished_stays(tmp_path):
