@@ -30,6 +30,7 @@ from picture3d.recipes.catalogue import detection_recipe
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
 from picture3d.structures.points import IntensityUnit, PointCloud
+from picture3d.training.distributed import Team
 from picture3d.training.runlog import describe_environment
 
 FRAMES = 7
@@ -110,7 +111,8 @@ def main() -> None:
     )
     result = run_finetuning(config, args.work / "run", True, "cpu", args.threads)
     task = load_detector(args.work / "run", config, device)
-    scores = score_nuscenes(task, scoring_batches(config.data, root=None, split="train", labels=False))
+    scores = score_nuscenes(task, scoring_batches(config.data, root=None, split="train", labels=False), Team())
+    assert scores is not None
     print(describe_environment("cpu"))
     print(table(f"seven keyframes after {result.steps} steps, {result.seconds:.0f} s", scores))
     present = scores.labels > 0

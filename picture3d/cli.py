@@ -809,7 +809,8 @@ def _numbers(text: str, kind: type[_Number], option: str) -> list[_Number]:
 
 
 def _show(text: str) -> None:
-    typer.echo(text)
+    if text:  # of several processes that work as one, the first speaks
+        typer.echo(text)
 
 
 def _version(value: bool) -> None:

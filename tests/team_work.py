@@ -1,6 +1,6 @@
 """What the processes of a team do in tests, each result written by its rank; and the same work in one process.
 
-Started as ``torchrun -m tests.team_work WORK OUT [DATA]``.
+Started as ``torchrun -m tests.team_work WORK OUT [DATA]``. What it is given in DATA it may write to.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from picture3d.commands.build import build_detection, build_picture, build_segmentation, training_batches
+from picture3d.commands.score import evaluate_together
 from picture3d.errors import TrainingError
 from picture3d.models.row_norm import MapBatchNorm, RowBatchNorm, SequenceBatchNorm, shared_batch_norm
 from picture3d.ops.processes import computing_together, mean_count, rand_rows
@@ -63,6 +64,41 @@ def made_data(root: Path) -> Path:
             yield replace(frame, boxes=replace(frame.boxes, category=("vehicle.car", "pedestrian", "Vehicle")))
 
     return write_made_dataset(root, {"log": list(sweeps())}, splits={"train": ["log"]})
+
+
+def made_runs(root: Path) -> Path:
+    """Untrained networks of three kinds, as run folders, and three logs of unequal length to score them on."""
+    prepared = root / "prepared"
+    kinds = ("vehicle.car", "human.pedestrian.adult", "Vehicle")
+    frames: dict[str, list[Frame]] = {}
+    for number, log in enumerate(("b", "a", "c")):
+        made = (
+            made_frame(log, index, points=200 + 50 * index, seed=number, global_from_ego=Pose.identity())
+            for index in range(3 - number)
+        )
+        frames[log] = [replace(frame, boxes=replace(frame.boxes, category=kinds)) for frame in made]  # pyright: ignore[reportArgumentType]
+    write_made_dataset(prepared, frames, splits={"val": ["b", "a", "c"]})
+    cpu = torch.device("cpu")
+    segment = tiny(segmentation_recipe("town-segmentation", prepared))
+    runs: dict[str, tuple[Any, Any]] = {"segment": (segment, build_segmentation(segment, cpu))}
+    for name in ("town-detection", "waymo-detection"):
+        config = tiny(detection_recipe(name, prepared))
+        head = config.task.head.model_copy(update={"score_threshold": 0.0})
+        config = config.model_copy(update={"task": config.task.model_copy(update={"head": head})})
+        runs[name] = config, build_detection(config, cpu)
+    for name, (config, task) in runs.items():
+        RunFolder(root / name).claim(config)
+        save_file(task.module.state_dict(), root / name / "model.safetensors")
+    return root
+
+
+RUNS_TO_SCORE = ("segment", "town-detection", "waymo-detection")
+
+
+def evaluate_runs(root: Path, team: Team) -> dict[str, str]:
+    """What `evaluate` says of each of `made_runs`, as JSON."""
+    given: dict[str, Any] = {"data": None, "split": "val", "as_json": True, "machine": torch.device("cpu"), "team": team}
+    return {name: evaluate_together(root / name, **given) for name in RUNS_TO_SCORE}
 
 
 class Octants:
@@ -237,6 +273,9 @@ def main() -> None:
         elif work == "more":
             for name in (*MORE, *DETECTORS):
                 train(name, Path(sys.argv[3]), out / name, team, batch_size=1)
+        elif work == "evaluate":
+            for name, said in evaluate_runs(Path(sys.argv[3]), team).items():
+                (out / f"{name}-{team.place.rank}.txt").write_text(said)
         else:
             _trouble(team, out, work)
 

@@ -6,33 +6,60 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from picture3d.commands.build import build_segmentation, read_run_config, scoring_batches
+from picture3d.commands.by_log import Arrays, Frames, log_by_log
 from picture3d.commands.machine import start
 from picture3d.datasets.loading import FrameBatches
 from picture3d.errors import ConfigError, DataError
-from picture3d.evaluation.segmentation import SegmentationScores
+from picture3d.evaluation.segmentation import ConfusionMatrix, SegmentationScores
 from picture3d.recipes.configs import DetectionConfig, SegmentationConfig
 from picture3d.structures.batch import PointBatch
-from picture3d.tasks.segmentation import evaluate_segmentation
+from picture3d.tasks.segmentation import IGNORED, evaluate_segmentation
 from picture3d.training.checkpoint import load_into, load_weights
+from picture3d.training.distributed import Team, joined_team, launched_place
 from picture3d.training.runlog import Progress, RunFolder
 
 
 def evaluate(run: Path, *, data: Path | None, split: str, as_json: bool, device: str, threads: int) -> str:
-    """Scores a fine-tuned network; returns the table, or JSON."""
+    """Scores a fine-tuned network; returns the table, or JSON.
+
+    Several processes share the logs out. The first one keeps the scores and returns them, the others return nothing.
+    """
+    place = launched_place()
+    machine = start(device, threads, place)
+    with joined_team(machine, place=place) as team:
+        return evaluate_together(run, data=data, split=split, as_json=as_json, machine=machine, team=team)
+
+
+def evaluate_together(run: Path, *, data: Path | None, split: str, as_json: bool, machine: torch.device, team: Team) -> str:
+    """`evaluate` in one of the processes of a team."""
     config = read_run_config(run)
     if isinstance(config, DetectionConfig):
         from picture3d.commands.score_detection import evaluate_detection
 
-        machine = start(device, threads)
-        return evaluate_detection(run, config, data=data, split=split, as_json=as_json, device=machine)
-    scores = run_evaluation(run, data=data, split=split, device=device, threads=threads)
+        return evaluate_detection(run, config, data=data, split=split, as_json=as_json, device=machine, team=team)
+    scores = _evaluate_segmentation(run, data, split, machine, team)
+    if scores is None:
+        return ""
     return json.dumps(scores.to_json()) if as_json else table(f"{run}, split {split}", scores)
 
 
 def run_evaluation(run: Path, *, data: Path | None, split: str, device: str, threads: int) -> SegmentationScores:
-    """Scores a fine-tuned network and keeps the scores in its folder (``evaluation_<split>.json`` and summary.json)."""
-    machine = start(device, threads)
+    """Scores a fine-tuned network in this process and keeps the scores in its folder.
+
+    They are ``evaluation_<split>.json`` and a line of summary.json.
+    """
+    scores = _evaluate_segmentation(run, data, split, start(device, threads), Team())
+    assert scores is not None
+    return scores
+
+
+def _evaluate_segmentation(
+    run: Path, data: Path | None, split: str, machine: torch.device, team: Team
+) -> SegmentationScores | None:
     config = read_run_config(run)
     if not isinstance(config, SegmentationConfig):
         raise ConfigError(
@@ -41,12 +68,27 @@ def run_evaluation(run: Path, *, data: Path | None, split: str, device: str, thr
     task = build_segmentation(config, machine)
     load_into(task.module, load_weights(run).tensors)
     batches = scoring_batches(config.data, root=data, split=split)
-    with Progress("evaluate") as progress:
-        scores = evaluate_segmentation(task, counted(batches, progress), class_names(batches))
+    names = class_names(batches)
+
+    def part(frames: Frames) -> Arrays:
+        scores = evaluate_segmentation(task, (batch for _, batch in frames), names)
+        return {"confusion": scores.confusion, "ignored": np.asarray(scores.num_ignored)}
+
+    parts = log_by_log(batches, team, "evaluate", part)
+    if not team.writes:
+        return None
+    scores = _joined(names, parts)
     folder = RunFolder(run)
     folder.write_json(f"evaluation_{split}.json", scores.to_json())
     folder.update_summary({f"miou_{split}": scores.miou})
     return scores
+
+
+def _joined(names: tuple[str, ...], parts: list[Arrays]) -> SegmentationScores:
+    matrix = ConfusionMatrix(names, ignored=IGNORED)
+    for part in parts:
+        matrix.add_counts(part["confusion"], int(part["ignored"]))
+    return matrix.scores()
 
 
 def class_names(batches: FrameBatches) -> tuple[str, ...]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from picture3d.commands.build import build_detection, scoring_batches
+from picture3d.commands.by_log import Arrays, Frames, log_by_log
 from picture3d.commands.score_nuscenes import table as nuscenes_table
 from picture3d.commands.score_waymo import table as waymo_table
 from picture3d.datasets.loading import FrameBatches
@@ -24,13 +27,16 @@ from picture3d.recipes.configs import DetectionConfig
 from picture3d.structures.detections import DetectedBoxes
 from picture3d.tasks.detection import DetectionTask
 from picture3d.training.checkpoint import load_into, load_weights
-from picture3d.training.runlog import Progress, RunFolder
+from picture3d.training.distributed import Team
+from picture3d.training.runlog import RunFolder
 
 
 def evaluate_detection(
-    run: Path, config: DetectionConfig, *, data: Path | None, split: str, as_json: bool, device: torch.device
+    run: Path, config: DetectionConfig, *, data: Path | None, split: str, as_json: bool, device: torch.device, team: Team
 ) -> str:
     """Scores a detector on every keyframe of a split; keeps the scores in its folder and returns them as a table or as JSON.
+
+    Of several processes the first does that, and the others return nothing.
 
     Raises:
         ConfigError: if no official metric knows the detector's classes.
@@ -40,11 +46,15 @@ def evaluate_detection(
     batches = scoring_batches(config.data, root=data, split=split, labels=False)
     folder, title = RunFolder(run), f"{run}, split {split}"
     if set(task.classes) <= set(nuscenes_results.CLASSES):
-        scores = score_nuscenes(task, batches)
+        scores = score_nuscenes(task, batches, team)
+        if scores is None:
+            return ""
         tree, text = scores.to_json(), nuscenes_table(title, scores)
         numbers = {f"map_{split}": scores.mean_ap, f"nds_{split}": scores.nds}
     elif {name.lower() for name in task.classes} <= set(waymo_frames.KIND_OF_CLASS):
-        found = score_waymo(task, batches)
+        found = score_waymo(task, batches, team)
+        if found is None:
+            return ""
         tree, text = found.to_json(), waymo_table(title, found)
         numbers = dict(zip((f"map_{split}", f"maph_{split}"), found.mean(), strict=True))
     else:
@@ -56,33 +66,59 @@ def evaluate_detection(
     return json.dumps(tree) if as_json else text
 
 
-def score_waymo(task: DetectionTask, batches: FrameBatches) -> WaymoScores:
-    """The Waymo metric of a detector on every frame of `batches`."""
+def score_waymo(task: DetectionTask, batches: FrameBatches, team: Team) -> WaymoScores | None:
+    """The Waymo metric of a detector on every frame of `batches`, in the first process of the team."""
+
+    def part(frames: Frames) -> Arrays:
+        scorer = WaymoScorer()
+        for key, boxes in detections(task, frames):
+            frame = batches.dataset.frame(key, {"boxes"})
+            scorer.add(waymo_frames.labels_of_frame(frame), waymo_frames.detections_of_frame(frame, boxes, task.classes))
+        return scorer.counts()
+
+    parts = log_by_log(batches, team, "evaluate", part)
+    if not team.writes:
+        return None
     scorer = WaymoScorer()
-    for key, boxes in detections(task, batches):
-        frame = batches.dataset.frame(key, {"boxes"})
-        scorer.add(waymo_frames.labels_of_frame(frame), waymo_frames.detections_of_frame(frame, boxes, task.classes))
+    for counts in parts:
+        scorer.add_counts(counts)
     return scorer.scores()
 
 
-def score_nuscenes(task: DetectionTask, batches: FrameBatches) -> NuScenesScores:
-    """The nuScenes metric of a detector on every frame of `batches`."""
-    labels: list[DetectionColumns] = []
-    found: list[DetectionColumns] = []
-    for key, boxes in detections(task, batches):
-        frame, token = batches.dataset.frame(key, {"boxes"}), sample_token(batches.dataset, key)
-        labels.append(nuscenes_frames.labels_of_frame(frame, token))
-        found.append(nuscenes_frames.detections_of_frame(frame, token, boxes, task.classes))
-    return score_detections(DetectionColumns.join(labels), DetectionColumns.join(found))
+def score_nuscenes(task: DetectionTask, batches: FrameBatches, team: Team) -> NuScenesScores | None:
+    """The nuScenes metric of a detector on every frame of `batches`, in the first process of the team."""
+
+    def part(frames: Frames) -> Arrays:
+        labels: list[DetectionColumns] = []
+        found: list[DetectionColumns] = []
+        for key, boxes in detections(task, frames):
+            frame, token = batches.dataset.frame(key, {"boxes"}), sample_token(batches.dataset, key)
+            labels.append(nuscenes_frames.labels_of_frame(frame, token))
+            found.append(nuscenes_frames.detections_of_frame(frame, token, boxes, task.classes))
+        return {**_columns("labels", labels), **_columns("found", found)}
+
+    parts = log_by_log(batches, team, "evaluate", part)
+    if not team.writes:
+        return None
+    labels, found = (DetectionColumns.join(_of_columns(side, columns) for columns in parts) for side in ("labels", "found"))
+    return score_detections(labels, found)
 
 
-def detections(task: DetectionTask, batches: FrameBatches, label: str = "evaluate") -> Iterator[tuple[FrameKey, DetectedBoxes]]:
-    """What a detector finds in each frame of un-augmented batches of one."""
+def _columns(side: str, boxes: list[DetectionColumns]) -> Arrays:
+    joined = DetectionColumns.join(boxes)
+    return {f"{side}.{field.name}": np.asarray(getattr(joined, field.name)) for field in fields(joined)}
+
+
+def _of_columns(side: str, arrays: Arrays) -> DetectionColumns:
+    columns = {field.name: arrays[f"{side}.{field.name}"] for field in fields(DetectionColumns)}
+    return DetectionColumns(**{**columns, "samples": tuple(columns["samples"].tolist())})  # pyright: ignore[reportArgumentType]
+
+
+def detections(task: DetectionTask, frames: Frames) -> Iterator[tuple[FrameKey, DetectedBoxes]]:
+    """What a detector finds in each frame."""
     device = next(task.module.parameters()).device
-    with Progress(label) as progress:
-        for done, (key, batch) in enumerate(zip(batches.keys, batches.epoch(0), strict=True), start=1):
-            yield key, task.predict(batch.to(device))[0]
-            progress(done, len(batches.keys))
+    for key, batch in frames:
+        yield key, task.predict(batch.to(device))[0]
 
 
 def load_detector(run: Path, config: DetectionConfig, device: torch.device) -> DetectionTask:

@@ -112,6 +112,11 @@ class ConfusionMatrix:
         pairs = truth.astype(np.int64) * size + prediction.astype(np.int64)
         self.counts += np.bincount(pairs, minlength=size * size).reshape(size, size)
 
+    def add_counts(self, confusion: NDArray[np.int64], num_ignored: int) -> None:
+        """Adds what another matrix of these classes has counted, (C, C), and how many points it left out."""
+        self.counts += confusion
+        self.num_ignored += num_ignored
+
     def scores(self) -> SegmentationScores:
         """The scores of everything added so far."""
         hits = np.diagonal(self.counts)

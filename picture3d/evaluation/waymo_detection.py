@@ -51,6 +51,7 @@ _SMALLEST_SIDE_M = 0.01  # a box with a shorter side overlaps nothing
 _PAIRS_AT_ONCE = 1 << 20
 _NAMED = 5  # frames an error message lists
 _SHARDS = (1 + len(RANGES)) * len(KINDS)  # of each kind: all ranges, then each range
+_COUNTS = ("_predicted", "_matched_predicted", "_hits", "_heading", "_labels", "_found", "_frames")  # of a scorer
 
 Float64Array = NDArray[np.float64]
 Int64Array = NDArray[np.int64]
@@ -129,6 +130,15 @@ class WaymoScorer:
                     counted = (difficulty[label] <= level).astype(np.int64)
                     _add_spans(self._found[:, index], shard, begin, end, counted)
 
+    def counts(self) -> dict[str, NDArray[Any]]:
+        """Everything that was added, as arrays by name."""
+        return {name: np.asarray(getattr(self, name)) for name in _COUNTS}
+
+    def add_counts(self, counts: Mapping[str, NDArray[Any]]) -> None:
+        """Adds the `counts` of another scorer with the same thresholds."""
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + counts[name])
+
     def scores(self) -> WaymoScores:
         """The metric over everything that was added."""
         predicted = self._predicted[:, ::-1].cumsum(1)[:, ::-1]  # a prediction reaches all cut-offs up to its last
@@ -146,7 +156,7 @@ class WaymoScorer:
                 ap[name] = _area(_ratio(hits[shard], guesses), recall)
                 aph[name] = _area(_ratio(heading[shard], guesses), recall)
                 labels[name] = int(self._labels[shard, index])
-        return WaymoScores(ap, aph, labels, self._frames)
+        return WaymoScores(ap, aph, labels, int(self._frames))
 
 
 class SegmentedObjects(Protocol):

@@ -63,6 +63,7 @@ class Team:
     place: Place = Place()
     norms: dist.ProcessGroup | None = None  # for what happens within a step, apart from the gradients' own traffic
     watch: Watch | None = field(default=None, repr=False)
+    gatherings: int = field(default=0, repr=False)  # so far
 
     @property
     def alone(self) -> bool:
@@ -117,15 +118,37 @@ class Team:
         if self.alone:
             return [text]
         with self.at("a gathering of texts"):
-            own = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
-            size = torch.tensor([len(own)])
-            sizes = [torch.empty_like(size) for _ in range(self.place.world)]
-            dist.all_gather(sizes, size)
-            padded = torch.zeros(max(int(n) for n in sizes), dtype=torch.uint8)
-            padded[: len(own)] = own
-            all_texts = [torch.empty_like(padded) for _ in range(self.place.world)]
-            dist.all_gather(all_texts, padded)
-        return [bytes(row[: int(n)].tolist()).decode().strip() for row, n in zip(all_texts, sizes, strict=True)]
+            own, sizes = self._padded(text.encode())
+            rows = [torch.empty_like(own) for _ in sizes]
+            dist.all_gather(rows, own)
+        return [row[:size].numpy().tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+
+    def gather(self, own: bytes) -> list[bytes]:
+        """What each process brings, by rank, in the first process; nothing in the others.
+
+        The processes may come at very different times: nobody's patience ends while all of them live.
+        """
+        if self.alone:
+            return [own]
+        assert self.watch is not None
+        self.gatherings += 1
+        with self.at("the results of the others", waits=False):
+            self.watch.meet(f"gathering {self.gatherings}")
+        with self.at("a gathering of results"):
+            padded, sizes = self._padded(own)
+            rows = [torch.empty_like(padded) for _ in sizes] if self.writes else []
+            dist.gather(padded, rows or None, dst=0)
+        return [row[:size].numpy().tobytes() for row, size in zip(rows, sizes, strict=False)]
+
+    def _padded(self, own: bytes) -> tuple[Tensor, list[int]]:
+        """The bytes, at the length of the longest of all processes (one at least), and the length of each."""
+        size = torch.tensor([len(own)])
+        sizes = [torch.empty_like(size) for _ in range(self.place.world)]
+        dist.all_gather(sizes, size)
+        lengths = [int(n) for n in sizes]
+        padded = torch.zeros(max(1, *lengths), dtype=torch.uint8)
+        padded[: len(own)] = torch.frombuffer(bytearray(own or b" "), dtype=torch.uint8)[: len(own)]
+        return padded, lengths
 
     def first_does(self, what: str, work: Callable[[], str]) -> str:
         """Lets the first process do something and tells all what came out; nobody goes on before it is done.

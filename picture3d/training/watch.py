@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import TCPStore
 SILENT_S = 40.0  # a process that gave no sign of life for so long is dead, or its machine is
 LEFT_S = 10.0  # when one has given up, the others learn of it in their own words; one that hangs does not, and is ended
 _BEAT_S = 2.0
+_MEET_S = 0.1
 
 
 class Watch:
@@ -50,6 +51,20 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(timeout=2 * _BEAT_S)
+
+    def meet(self, where: str) -> None:
+        """Waits until every process has come to `where`, a name that is used once, however long that takes.
+
+        One that dies in the meantime ends this process, as it does everywhere else.
+        """
+        with self._lock:
+            self._store.set(self._key(where, self.rank), "here")
+        while not self._all_at(where):
+            time.sleep(_MEET_S)
+
+    def _all_at(self, where: str) -> bool:
+        with self._lock:
+            return self._store.check([self._key(where, rank) for rank in range(self.world)])
 
     def leave(self, why: str) -> None:
         """Tells the others that this process ends, and why."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -14,7 +15,9 @@ import pytest
 from picture3d.commands.data import targets
 from picture3d.commands.prepare import prepare_points
 from picture3d.recipes.catalogue import pretraining_recipe, tiny
+from picture3d.training.distributed import Team
 from picture3d.training.runlog import RunFolder
+from tests import team_work
 
 LOGS, SWEEPS = 5, 2
 
@@ -81,6 +84,25 @@ def test_processes_side_by_side_leave_the_files_of_one_and_no_lock(tmp_path):
     words = command(sys.executable, "-m", "picture3d.cli", "prepare", "points", raw, tmp_path / "two", "--intensity", "0-1")
     run_all([[*words, "--val", "1"]] * 2, [{"RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)])
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_two_processes_score_as_one_does_and_the_first_alone_speaks_and_writes(tmp_path):
+    runs = team_work.made_runs(tmp_path / "runs")
+    alone = team_work.evaluate_runs(runs, Team())
+    kept = {name: (runs / name / "evaluation_val.json").read_bytes() for name in alone}
+    for name in alone:
+        (runs / name / "evaluation_val.json").unlink()
+    done = team_work.launch("evaluate", tmp_path, runs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, said in alone.items():
+        assert [(tmp_path / f"{name}-{rank}.txt").read_text() for rank in range(2)] == [said, ""]
+        assert (runs / name / "evaluation_val.json").read_bytes() == kept[name], "to the last bit"
+    assert json.loads(alone["segment"])["num_points"] > 800
+    counts = json.loads(alone["town-detection"])["counts"]
+    assert counts["samples"] == 6
+    assert sum(counts["labels"].values()) > 6
+    assert sum(counts["predictions"].values()) > 100
+    assert "OBJECT_TYPE_TYPE_VEHICLE_LEVEL_1" in json.loads(alone["waymo-detection"])
 
 
 @pytest.mark.long

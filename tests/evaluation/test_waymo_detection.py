@@ -154,6 +154,19 @@ def test_frames_may_come_in_parts_of_any_size():
         assert parted[name] == pytest.approx(whole[name], abs=1e-12)
 
 
+def test_counts_of_several_scorers_add_up_to_those_of_one():
+    labels, found = random_scene(5, 8)
+    scorer = WaymoScorer()
+    for low, high in ((0, 3), (3, 3), (3, 8)):
+        part = WaymoScorer()
+        part.add(*(select(side, np.flatnonzero((side.timestamp >= low) & (side.timestamp < high))) for side in (labels, found)))
+        scorer.add_counts(part.counts())
+    whole, added = score_detections(labels, found), scorer.scores()
+    for name, value in whole.to_json().items():
+        assert added.to_json()[name] == pytest.approx(value, abs=1e-12)
+    assert (added.labels, added.frames) == (whole.labels, whole.frames)
+
+
 def test_golden_official_numbers_of_the_fixtures():
     folder = sample_path("waymo/metrics")
     labels, found = (read_objects(folder / f"fake_{name}.bin") for name in ("ground_truths", "predictions"))
