@@ -28,10 +28,11 @@ from torch.utils.checkpoint import checkpoint
 from picture3d.errors import ConfigError
 from picture3d.models.dsvt_config import DsvtConfig, Triple
 from picture3d.models.row_norm import RowBatchNorm, fold_row_norm
-from picture3d.ops.attention import AttentionWeights, pooling_attention, set_attention
-from picture3d.ops.feed_forward import gelu_linear
-from picture3d.ops.scatter import exchange_rows, gather_rows, select_unique_rows
+from picture3d.ops.attention import AttentionWeights, PositionRows, pooling_attention, set_attention
+from picture3d.ops.feed_forward import FeedForwardWeights, feed_forward, feed_forward_plain
+from picture3d.ops.scatter import exchange_rows, select_unique_rows
 from picture3d.ops.sets import (
+    PaddedSets,
     PlacedRuns,
     SetLayout,
     SetRuns,
@@ -115,11 +116,22 @@ class Dsvt(nn.Module):
             blocks_before += blocks
         return DsvtOutput(tuple(stages), token_of_voxel)
 
+    def features_at(self, voxels: SparseVoxels, rows: Tensor) -> Tensor:
+        """(W, C) features after the last block of the voxels at (W,) different `rows`; for an encoder of one stage.
+
+        All voxels are attended to. What comes after attention in the last layer is computed for these rows only.
+        """
+        assert self.config.num_stages == 1  # with more, rows of the output are pooled cells
+        if self.config.attention == "padded":
+            return select_unique_rows(self._run_stage(0, 0, voxels), rows)
+        return self._run_stage(0, 0, voxels, rows)
+
     def stage_windows(self, stage: int, coords: Tensor) -> tuple[Windows, Windows]:
         """The windows of both shifts of a stage for (M, 4) coordinates on its grid."""
         return _both_windows(self.config, self.stage_shapes[stage], stage, coords)
 
-    def _run_stage(self, stage: int, blocks_before: int, voxels: SparseVoxels) -> Tensor:
+    def _run_stage(self, stage: int, blocks_before: int, voxels: SparseVoxels, wanted: Tensor | None = None) -> Tensor:
+        """The features after the blocks of a stage, of all voxels or of those at (W,) `wanted` rows."""
         config, x = self.config, voxels.feats
         windows = self.stage_windows(stage, voxels.coords)
         block_ids = range(blocks_before, blocks_before + config.blocks[stage])
@@ -141,11 +153,12 @@ class Dsvt(nn.Module):
                 self.input_layer(stage, number, layer, windows[source], places.get(source))
                 for layer, source in enumerate(sources)
             ]
+            rows = wanted if block_id == block_ids[-1] else None
             if config.activation_checkpointing and self.training:
-                update = cast(Tensor, checkpoint(block, x, positions, sets[shift], use_reentrant=False))
+                update = cast(Tensor, checkpoint(block, x, positions, sets[shift], rows, use_reentrant=False))
             else:
-                update = block(x, positions, sets[shift])
-            x = norm(update + x)
+                update = block(x, positions, sets[shift], rows)
+            x = norm(update + (x if rows is None else select_unique_rows(x, rows)))
         return x
 
 
@@ -165,20 +178,6 @@ def _both_windows(config: DsvtConfig, shape: Triple, stage: int, coords: Tensor)
         window_partition(coords, shape, (x, y, z), config.shifts[0]),
         window_partition(coords, shape, (x * fx, y * fy, z * fz), config.shifts[1]),
     )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PositionRows:
-    """Position embeddings of N voxels, kept once for all voxels that share one."""
-
-    values: Tensor  # (U, C)
-    row_of_voxel: Tensor | None  # (N,) int64; None: voxel i has row i
-
-    def of(self, voxels: Tensor | None) -> Tensor:
-        """Embeddings of the voxels at (K,) different rows, or of all of them: (K, C)."""
-        if self.row_of_voxel is None:
-            return self.values if voxels is None else select_unique_rows(self.values, voxels)
-        return gather_rows(self.values, self.row_of_voxel if voxels is None else self.row_of_voxel[voxels])
 
 
 class _InputLayer(nn.Module):
@@ -229,19 +228,19 @@ class _Block(nn.Module):
         super().__init__()
         self.encoder_list = nn.ModuleList([_EncoderLayer(config) for _ in range(2)])
 
-    def forward(self, x: Tensor, positions: list[PositionRows], sets: SetLayout) -> Tensor:
+    def forward(self, x: Tensor, positions: list[PositionRows], sets: SetLayout, wanted: Tensor | None = None) -> Tensor:
+        """(N, C) to (N, C), or to (W, C) for the wanted rows alone."""
+        first, second = self.encoder_list
         if not isinstance(sets, SetRuns):
-            for axis, (layer, position) in enumerate(zip(self.encoder_list, positions, strict=True)):
-                x = layer(x, position.of(None), sets, axis)
-            return x
+            return second(first(x, positions[0], sets, 0), positions[1], sets, 1, wanted)
         # Each layer runs in the order of its sets, so the voxels move once per layer, and not queries, keys and values.
         there, back = sets.voxel_of_place, sets.place_of_voxel
         x = exchange_rows(x, there[0], back[0])
-        for axis, (layer, position) in enumerate(zip(self.encoder_list, positions, strict=True)):
-            if axis > 0:
-                x = exchange_rows(x, back[axis - 1][there[axis]], back[axis][there[axis - 1]])
-            x = layer(x, position.of(there[axis]), sets.placed, axis)
-        return exchange_rows(x, back[-1], there[-1])
+        x = first(x, positions[0].in_order(there[0]), sets.placed, 0)
+        x = exchange_rows(x, back[0].index_select(0, there[1]), back[1].index_select(0, there[0]))
+        if wanted is not None:
+            return second(x, positions[1].in_order(there[1]), sets.placed, 1, back[1].index_select(0, wanted))
+        return exchange_rows(second(x, positions[1].in_order(there[1]), sets.placed, 1), back[1], there[1])
 
 
 class _EncoderLayer(nn.Module):
@@ -250,11 +249,26 @@ class _EncoderLayer(nn.Module):
         self.win_attn = _AttentionAndFeedForward(config)
         self.norm = nn.LayerNorm(config.channels)
 
-    def forward(self, x: Tensor, position: Tensor, sets: SetLayout | PlacedRuns, axis: int) -> Tensor:
-        return self.norm(self.win_attn(x, position, sets, axis) + x)
+    def forward(
+        self, x: Tensor, position: PositionRows, sets: SetLayout | PlacedRuns, axis: int, wanted: Tensor | None = None
+    ) -> Tensor:
+        attention = self.win_attn
+        attended = set_attention(x, position, sets, axis, attention.self_attn.weights(), wanted)
+        x = x if wanted is None else select_unique_rows(x, wanted)
+        weights = FeedForwardWeights(
+            norm1=(attention.norm1.weight, attention.norm1.bias),
+            linear1=(attention.linear1.weight, attention.linear1.bias),
+            linear2=(attention.linear2.weight, attention.linear2.bias),
+            norm2=(attention.norm2.weight, attention.norm2.bias),
+            norm3=(self.norm.weight, self.norm.bias),
+            eps=self.norm.eps,
+        )
+        return (feed_forward_plain if isinstance(sets, PaddedSets) else feed_forward)(x, attended, weights)
 
 
 class _AttentionAndFeedForward(nn.Module):
+    """Holds the parameters of an encoder layer but its last norm, under the keys of the reference."""
+
     def __init__(self, config: DsvtConfig) -> None:
         super().__init__()
         self.self_attn = _AttentionParameters(config.channels, config.heads)
@@ -262,11 +276,6 @@ class _AttentionAndFeedForward(nn.Module):
         self.linear2 = nn.Linear(config.ffn_channels, config.channels)
         self.norm1 = nn.LayerNorm(config.channels)
         self.norm2 = nn.LayerNorm(config.channels)
-
-    def forward(self, x: Tensor, position: Tensor, sets: SetLayout | PlacedRuns, axis: int) -> Tensor:
-        attended = set_attention(x + position, x, sets, axis, self.self_attn.weights())
-        hidden = self.norm1(x + attended)
-        return self.norm2(hidden + gelu_linear(self.linear1(hidden), self.linear2.weight, self.linear2.bias))
 
 
 class _AttentionParameters(nn.Module):

@@ -50,16 +50,17 @@ class VoxelDecoder(nn.Module):
         self.join = nn.Linear(2 * encoder.channels, encoder.channels)
         self.transformer = Dsvt(voxel_decoder_config(encoder, blocks), grid_shape)
 
-    def forward(self, latent: DsvtOutput, coords: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, latent: DsvtOutput, coords: Tensor, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """Decodes all voxels.
 
         Args:
             latent: the encoder's output for the visible voxels, in the order of `coords`.
             coords: (M, 4) int32 batch, x, y, z of all voxels, sorted.
             hidden: (M,) bool.
+            rows: (R,) int64 different voxels whose features are wanted; None: all.
 
         Returns:
-            (M, C) feature of every voxel.
+            (M, C) feature of every voxel, or (R, C).
         """
         pillar = gather_rows(latent.output.feats, latent.token_of_voxel)
         visible = self.join(torch.cat([pillar, latent.stages[0].feats], dim=1))
@@ -69,7 +70,7 @@ class VoxelDecoder(nn.Module):
         place = torch.where(hidden, hidden.cumsum(0) - 1 + len(visible), (~hidden).cumsum(0) - 1)
         tokens = select_unique_rows(tokens, place)
         voxels = SparseVoxels(coords, tokens, latent.stages[0].shape, latent.output.batch_size)
-        return self.transformer(voxels).output.feats
+        return self.transformer(voxels).output.feats if rows is None else self.transformer.features_at(voxels, rows)
 
     def _position(self, coords: Tensor) -> Tensor:
         """(V, 3) position in the window of shift 0, from -1 to 1 along each axis."""
@@ -117,9 +118,12 @@ class LightDecoder(Dsvt):
         self.channels = channels
         self.mask_token = nn.Parameter(torch.zeros(1, channels))
 
-    def forward(self, latent: DsvtOutput, coords: Tensor, hidden: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, latent: DsvtOutput, coords: Tensor, hidden: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
         """Decodes all voxels; arguments and result as :meth:`VoxelDecoder.forward`."""
-        return self.decode(latent.output, coords, hidden)
+        feats = self.decode(latent.output, coords, hidden)
+        return feats if rows is None else select_unique_rows(feats, rows)
 
     def decode(self, pillars: SparseVoxels, coords: Tensor, hidden: Tensor) -> Tensor:
         """The same from the encoder's pillars alone: (P, C) features at (P, 4) coordinates with z = 0.

@@ -5,11 +5,14 @@ computation, kept for reading and testing; :class:`~picture3d.ops.sets.SetRuns` 
 :class:`~picture3d.ops.sets.FullSets` (on a GPU, where lengths stay on the device) give the same numbers several times faster.
 Repeated keys are masked in the published form, so attention goes over the distinct voxels of a set in both.
 
+Queries and keys are made of features plus position embeddings, values of the features alone.
+
 Source: "DSVT: Dynamic Sparse Voxel Transformer with Rotated Sets", CVPR 2023, sections 3.2 and 3.4.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,30 +42,55 @@ class AttentionWeights:
         return self.out_bias.shape[0]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PositionRows:
+    """Position embeddings of N voxels, kept once for all voxels that share one."""
+
+    values: Tensor  # (U, C)
+    row_of_voxel: Tensor | None  # (N,) int64; None: voxel i has row i
+
+    def of_voxels(self) -> Tensor:
+        """(N, C): the embedding of every voxel."""
+        return self.values if self.row_of_voxel is None else gather_rows(self.values, self.row_of_voxel)
+
+    def in_order(self, voxels: Tensor) -> PositionRows:
+        """The embeddings of the voxels at (N,) rows, in that order."""
+        return PositionRows(self.values, voxels if self.row_of_voxel is None else self.row_of_voxel.index_select(0, voxels))
+
+
 def set_attention(
-    query_key: Tensor, value: Tensor, sets: SetLayout | PlacedRuns, axis: int, weights: AttentionWeights
+    x: Tensor,
+    position: PositionRows,
+    sets: SetLayout | PlacedRuns,
+    axis: int,
+    weights: AttentionWeights,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Every voxel attends to the voxels of its set.
 
     Args:
-        query_key: (N, C) input of queries and keys (features plus position embedding).
-        value: (N, C) input of values.
+        x: (N, C) features: what values are made of; queries and keys are made of their sum with the position embeddings.
+        position: position embeddings of the N voxels.
         sets: the sets of N voxels, in any layout.
         axis: which of the two orders of `sets`; rows of `PlacedRuns` lie in the one they are to be used in.
         weights: projections and number of heads.
+        wanted: (W,) int64 different rows whose answer is wanted; None: all of them.
 
     Returns:
-        (N, C).
+        (N, C), or (W, C).
     """
-    if isinstance(sets, PaddedSets):
-        return _padded_attention(query_key, value, sets.voxel[axis], sets.repeated[axis], weights)
     if isinstance(sets, PlacedRuns):
-        return _run_attention(query_key, value, sets.blocks, weights)
+        return _run_attention(x, position, sets.blocks, weights, wanted)
     if isinstance(sets, SetRuns):
         there, back = sets.voxel_of_place[axis], sets.place_of_voxel[axis]
-        query_key, value = exchange_rows(query_key, there, back), exchange_rows(value, there, back)
-        return exchange_rows(_run_attention(query_key, value, sets.placed.blocks, weights), back, there)
-    return _full_attention(query_key, value, sets, axis, weights)
+        asked = back if wanted is None else back.index_select(0, wanted)
+        return _run_attention(exchange_rows(x, there, back), position.in_order(there), sets.placed.blocks, weights, asked)
+    query_key = x + position.of_voxels()
+    if isinstance(sets, PaddedSets):
+        attended = _padded_attention(query_key, x, sets.voxel[axis], sets.repeated[axis], weights)
+    else:
+        attended = _full_attention(query_key, x, sets, axis, weights)
+    return attended if wanted is None else select_unique_rows(attended, wanted)
 
 
 def _padded_attention(query_key: Tensor, value: Tensor, voxel: Tensor, repeated: Tensor, weights: AttentionWeights) -> Tensor:
@@ -100,70 +128,113 @@ def _full_attention(query_key: Tensor, value: Tensor, sets: FullSets, axis: int,
     return F.linear(select_unique_rows(slots_out, slot_of_voxel), weights.out_weight, weights.out_bias)
 
 
-def _run_attention(query_key: Tensor, value: Tensor, blocks: tuple[tuple[int, int], ...], weights: AttentionWeights) -> Tensor:
-    channels = weights.channels
-    qk_weight, v_weight = weights.in_weight.split([2 * channels, channels])
-    qk_bias, v_bias = weights.in_bias.split([2 * channels, channels])
-    qk, v = F.linear(query_key, qk_weight, qk_bias), F.linear(value, v_weight, v_bias)
-    return F.linear(_RunAttention.apply(qk, v, blocks, weights.heads), weights.out_weight, weights.out_bias)
+def _run_attention(
+    x: Tensor, position: PositionRows, blocks: tuple[tuple[int, int], ...], weights: AttentionWeights, wanted: Tensor | None
+) -> Tensor:
+    if position.row_of_voxel is None:
+        position = position.in_order(torch.arange(len(x), device=x.device))
+    mixed = _RunAttention.apply(
+        x, position.values, position.row_of_voxel, weights.in_weight, weights.in_bias, blocks, weights.heads
+    )
+    if wanted is not None:
+        mixed = select_unique_rows(mixed, wanted)
+    return F.linear(mixed, weights.out_weight, weights.out_bias)
 
 
 class _RunAttention(Function):
-    """Softmax attention inside each set, all sets of one length by the same few products.
+    """Projections and softmax attention inside each set, all sets of one length by the same few products.
 
     PyTorch's own attention on a CPU walks over sets and heads one at a time and takes twice as long. Written with
-    its backward, so that gradients of all blocks go into one tensor instead of being padded with zeros and added up.
+    its backward, so that gradients of all blocks go into one tensor instead of being padded with zeros and added up, and so
+    that nothing is kept but the features, queries, keys and values: what is cheap to make is made again.
     """
 
     @staticmethod
-    def forward(ctx: Any, qk: Tensor, v: Tensor, blocks: tuple[tuple[int, int], ...], heads: int) -> Tensor:
-        channels = v.shape[1]
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        position: Tensor,
+        row_of_place: Tensor,
+        in_weight: Tensor,
+        in_bias: Tensor,
+        blocks: tuple[tuple[int, int], ...],
+        heads: int,
+    ) -> Tensor:
+        channels = x.shape[1]
         width = channels // heads
+        scaled = _scale_of_queries(channels, heads, in_bias)
+        query_key = x + position.index_select(0, row_of_place)
+        qk = F.linear(query_key, in_weight[: 2 * channels] * scaled[:, None], in_bias[: 2 * channels] * scaled)
+        del query_key
+        v = F.linear(x, in_weight[2 * channels :], in_bias[2 * channels :])
         out = torch.empty_like(v)
-        saved, start = [], 0
-        for sets, length in blocks:
-            rows = slice(start, start + sets * length)
-            start += sets * length
-            qkv = v.new_empty(3, sets, heads, length, width)
-            qkv[:2].copy_(qk[rows].view(sets, length, 2, heads, width).permute(2, 0, 3, 1, 4))
-            qkv[2].copy_(v[rows].view(sets, length, heads, width).transpose(1, 2))
-            query, key, values = qkv.view(3, sets * heads, length, width)
-            query.mul_(width**-0.5)
-            share = _shares(query, key)
-            mixed = torch.bmm(share, values).view(sets, heads, length, width)
+        qkv = v.new_empty(3 * v.numel())
+        for rows, sets, length in _rows_of_blocks(blocks):
+            block = _of_block(qkv, rows, sets, heads, length, width)
+            block[:2].copy_(qk[rows].view(sets, length, 2, heads, width).permute(2, 0, 3, 1, 4))
+            block[2].copy_(v[rows].view(sets, length, heads, width).transpose(1, 2))
+            query, key, values = block.flatten(1, 2)
+            mixed = torch.bmm(_shares(query, key), values).view(sets, heads, length, width)
             out[rows].view(sets, length, heads, width).copy_(mixed.transpose(1, 2))
-            saved.append(qkv)
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(x, position, row_of_place, in_weight, in_bias, qkv)
         ctx.blocks, ctx.heads = blocks, heads
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grads
+        x, position, row_of_place, in_weight, in_bias, qkv = ctx.saved_tensors
         heads, channels = ctx.heads, grad.shape[1]
         width = channels // heads
         grad_qk, grad_v = grad.new_empty(len(grad), 2 * channels), torch.empty_like(grad)
-        start = 0
-        for (sets, length), qkv in zip(ctx.blocks, ctx.saved_tensors, strict=True):
-            rows = slice(start, start + sets * length)
-            start += sets * length
-            query, key, values = qkv.view(3, sets * heads, length, width)
+        for rows, sets, length in _rows_of_blocks(ctx.blocks):
+            query, key, values = _of_block(qkv, rows, sets, heads, length, width).flatten(1, 2)
             share = _shares(query, key)  # computing them again costs little, keeping them as much as keys and values
             wanted = grad[rows].view(sets, length, heads, width).transpose(1, 2).reshape(sets * heads, length, width)
             grad_values = torch.bmm(share.mT, wanted)
             grad_share = torch.bmm(wanted, values.mT)
-            # Backward of the softmax, then of the scale that the saved queries already carry.
             grad_scores = torch.ops.aten._softmax_backward_data(
                 _at_least_float32(grad_share), _at_least_float32(share), -1, _at_least_float32(share).dtype
             ).to(share.dtype)
-            grad_query = torch.bmm(grad_scores, key).mul_(width**-0.5)
-            grad_key = torch.bmm(grad_scores.mT, query)
             places = grad_qk[rows].view(sets, length, 2, heads, width)
-            for part, values_of_part in enumerate((grad_query, grad_key)):
-                places[:, :, part].copy_(values_of_part.view(sets, heads, length, width).transpose(1, 2))
+            for part, product in enumerate((torch.bmm(grad_scores, key), torch.bmm(grad_scores.mT, query))):
+                places[:, :, part].copy_(product.view(sets, heads, length, width).transpose(1, 2))
             grad_v[rows].view(sets, length, heads, width).copy_(grad_values.view(sets, heads, length, width).transpose(1, 2))
-        return grad_qk, grad_v, None, None
+        scaled = _scale_of_queries(channels, heads, in_bias)
+        weight = in_weight.to(grad.dtype)
+        grad_weight, grad_bias = torch.empty_like(weight), torch.cat([grad_qk.sum(0) * scaled, grad_v.sum(0)])
+        query_key = (x + position.index_select(0, row_of_place)).to(grad.dtype)
+        torch.mm(grad_qk.T, query_key, out=grad_weight[: 2 * channels])
+        grad_weight[: 2 * channels] *= scaled[:, None].to(grad.dtype)
+        torch.mm(grad_v.T, x.to(grad.dtype), out=grad_weight[2 * channels :])
+        del query_key
+        grad_x = grad_qk @ (weight[: 2 * channels] * scaled[:, None].to(grad.dtype))
+        grad_position = segment_sum(grad_x, row_of_place, len(position)).to(position.dtype)
+        grad_x.addmm_(grad_v, weight[2 * channels :])
+        grad_weight, grad_bias = grad_weight.to(in_weight.dtype), grad_bias.to(in_bias.dtype)
+        return grad_x.to(x.dtype), grad_position, None, grad_weight, grad_bias, None, None
+
+
+def _scale_of_queries(channels: int, heads: int, like: Tensor) -> Tensor:
+    """(2 C,) factors of the projections to queries and keys: what scales the scores is part of the queries."""
+    scaled = like.new_ones(2 * channels)
+    scaled[:channels] = (channels // heads) ** -0.5
+    return scaled
+
+
+def _rows_of_blocks(blocks: tuple[tuple[int, int], ...]) -> Iterator[tuple[slice, int, int]]:
+    """Rows, number of sets and their length, block after block."""
+    start = 0
+    for sets, length in blocks:
+        yield slice(start, start + sets * length), sets, length
+        start += sets * length
+
+
+def _of_block(qkv: Tensor, rows: slice, sets: int, heads: int, length: int, width: int) -> Tensor:
+    """Queries, keys and values of a block, (3, sets, heads, length, width), in the memory of all blocks."""
+    each = 3 * heads * width
+    return qkv[each * rows.start : each * rows.stop].view(3, sets, heads, length, width)
 
 
 def _shares(query: Tensor, key: Tensor) -> Tensor:

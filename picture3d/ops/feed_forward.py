@@ -1,7 +1,8 @@
-"""The second half of a feed-forward layer, which keeps less for the backward than its two operations do."""
+"""The second half of a post-norm encoder layer, which keeps less for the backward than its operations one by one do."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,33 +12,104 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-def gelu_linear(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``linear(gelu(hidden))`` with the exact (erf) GELU, which is computed again in the backward instead of being kept.
+@dataclass(frozen=True, slots=True, eq=False)
+class FeedForwardWeights:
+    """The parameters of the second half of an encoder layer of width C: three layer norms around two linear layers."""
+
+    norm1: tuple[Tensor, Tensor]  # weight (C,), bias (C,)
+    linear1: tuple[Tensor, Tensor]  # weight (F, C), bias (F,)
+    linear2: tuple[Tensor, Tensor]  # weight (C, F), bias (C,)
+    norm2: tuple[Tensor, Tensor]
+    norm3: tuple[Tensor, Tensor]
+    eps: float  # of the norms
+
+
+def feed_forward(x: Tensor, attended: Tensor, weights: FeedForwardWeights) -> Tensor:
+    """From what attention says to the output of an encoder layer.
+
+    With ``h = norm1(x + attended)``: ``norm3(norm2(h + linear2(gelu(linear1(h)))) + x)``, GELU in its exact (erf) form.
+    Kept for the backward are the sums that enter the first two norms and what enters the GELU; `feed_forward_plain` is the
+    readable twin. Sums and norms are taken in float32 at least, products in the dtype of `attended`.
 
     Args:
-        hidden: (N, F) any float dtype; computed in it.
-        weight: (C, F).
-        bias: (C,).
+        x: (N, C) input of the layer.
+        attended: (N, C), in any float dtype.
+        weights: of the layer.
 
     Returns:
-        (N, C), in the dtype of `hidden`.
+        (N, C) float32, or float64 if `x` is.
     """
-    return _GeluLinear.apply(hidden, weight, bias)
+    flat = (*weights.norm1, *weights.linear1, *weights.linear2, *weights.norm2, *weights.norm3)
+    return _FeedForward.apply(x, attended, weights.eps, *flat)
 
 
-class _GeluLinear(Function):
+def feed_forward_plain(x: Tensor, attended: Tensor, weights: FeedForwardWeights) -> Tensor:
+    """The same, operation by operation."""
+
+    def norm(values: Tensor, of: tuple[Tensor, Tensor]) -> Tensor:
+        return F.layer_norm(values, values.shape[1:], *of, weights.eps)
+
+    hidden = norm(x + attended, weights.norm1)
+    hidden = norm(hidden + F.linear(F.gelu(F.linear(hidden, *weights.linear1)), *weights.linear2), weights.norm2)
+    return norm(hidden + x, weights.norm3)
+
+
+class _FeedForward(Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        ctx.bias_dtype = bias.dtype
-        with torch.autocast(hidden.device.type, enabled=False):  # under autocast `hidden` is low already, and decides
-            return F.linear(F.gelu(hidden), weight.to(hidden.dtype), bias.to(hidden.dtype))
+    def forward(ctx: Any, x: Tensor, attended: Tensor, eps: float, *weights: Tensor) -> Tensor:
+        norm1, (weight1, bias1, weight2, bias2), norm2, norm3 = weights[:2], weights[2:6], weights[6:8], weights[8:]
+        low = attended.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            sum1 = x.to(torch.promote_types(x.dtype, torch.float32)) + attended
+            hidden, *spread1 = _norm(sum1, norm1, eps)
+            inner = F.linear(hidden.to(low), weight1.to(low), bias1.to(low))
+            sum2 = hidden.add_(F.linear(F.gelu(inner), weight2.to(low), bias2.to(low)))
+            normal, *spread2 = _norm(sum2, norm2, eps)
+            out, *spread3 = _norm(normal.add_(x), norm3, eps)
+        ctx.save_for_backward(x, sum1, inner, sum2, *spread1, *spread2, *spread3, *weights)
+        ctx.eps = eps
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grads
-        hidden, weight = ctx.saved_tensors
-        grad_weight = (grad.T @ F.gelu(hidden)).to(weight.dtype)
-        grad_hidden = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), hidden)
-        return grad_hidden, grad_weight, grad.sum(0).to(ctx.bias_dtype)
+        x, sum1, inner, sum2, *rest = ctx.saved_tensors
+        spread1, spread2, spread3, weights = rest[0:2], rest[2:4], rest[4:6], rest[6:]
+        norm1, (weight1, bias1, weight2, bias2), norm2, norm3 = weights[:2], weights[2:6], weights[6:8], weights[8:]
+        low = inner.dtype
+        sum3 = _norm(sum2, norm2, ctx.eps)[0].add_(x)
+        grad_sum3, *grads3 = _norm_backward(grad, sum3, spread3, norm3)
+        del sum3
+        grad_sum2, *grads2 = _norm_backward(grad_sum3, sum2, spread2, norm2)
+        grad_low = grad_sum2.to(low)
+        grad_linear2 = (grad_low.T @ F.gelu(inner)).to(weight2.dtype), grad_sum2.sum(0).to(bias2.dtype)
+        grad_inner = torch.ops.aten.gelu_backward(grad_low @ weight2.to(low), inner)
+        hidden = _norm(sum1, norm1, ctx.eps)[0]
+        grad_linear1 = (grad_inner.T @ hidden.to(low)).to(weight1.dtype), grad_inner.sum(0).to(bias1.dtype)
+        del hidden
+        if low == grad_sum2.dtype:
+            grad_hidden = grad_sum2.addmm_(grad_inner, weight1)
+        else:
+            grad_hidden = grad_sum2.add_(grad_inner @ weight1.to(low))
+        grad_sum1, *grads1 = _norm_backward(grad_hidden, sum1, spread1, norm1)
+        grad_x = grad_sum3.add_(grad_sum1).to(x.dtype)
+        return grad_x, grad_sum1.to(low), None, *grads1, *grad_linear1, *grad_linear2, *grads2, *grads3
+
+
+def _norm(values: Tensor, of: tuple[Tensor, ...] | list[Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm over columns, and the means and reciprocal deviations of the rows."""
+    weight, bias = of
+    return torch.native_layer_norm(values, values.shape[1:], weight.to(values.dtype), bias.to(values.dtype), eps)
+
+
+def _norm_backward(
+    grad: Tensor, values: Tensor, spread: list[Tensor], of: tuple[Tensor, ...] | list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight, bias = of
+    mean, inverse = spread
+    wanted = [True, True, True]
+    grad_values, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad.contiguous(), values, values.shape[1:], mean, inverse, weight.to(values.dtype), bias.to(values.dtype), wanted
+    )
+    return grad_values, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)

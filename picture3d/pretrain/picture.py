@@ -18,7 +18,7 @@ from picture3d.models.dsvt import Dsvt, DsvtConfig, DsvtOutput
 from picture3d.models.layer_trace import LayerTrace, num_layers, trace_layers
 from picture3d.models.mae_decoder import LightDecoder, VoxelDecoder
 from picture3d.models.voxel_encoder import EncodedVoxels
-from picture3d.ops.scatter import gather_rows, select_unique_rows
+from picture3d.ops.scatter import gather_rows
 from picture3d.pretrain.ema import EmaConfig, SelfTeacher
 from picture3d.pretrain.gate import Gate, GateConfig
 from picture3d.pretrain.hierarchy import Hierarchy, HierarchyConfig, LayerReader, Neighbourhoods, neighbourhoods
@@ -222,7 +222,7 @@ class Picture(nn.Module):
 
     def decode(self, latent: DsvtOutput, coords: Tensor, hidden: Tensor) -> Tensor:
         """(V, C) features of the hidden voxels among those at (M, 4) `coords`, in their order."""
-        return select_unique_rows(self.backbone_2d(latent, coords, hidden), hidden.nonzero().squeeze(1))
+        return self.backbone_2d(latent, coords, hidden, hidden.nonzero().squeeze(1))
 
     def features(self, batch: PointBatch) -> SparseVoxels:
         """The encoder's view of whole sweeps, nothing hidden: each voxel's pillar token joined with its first-stage feature.

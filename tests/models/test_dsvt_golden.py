@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from picture3d.models import dsvt_config
-from picture3d.models.dsvt import Dsvt, DsvtConfig, make_set_layout
+from picture3d.models.dsvt import Dsvt, DsvtConfig, _AttentionAndFeedForward, make_set_layout
 from picture3d.models.voxel_encoder import VoxelEncoder
+from picture3d.ops.attention import set_attention
 from picture3d.ops.sets import window_places
 from picture3d.structures.voxels import SparseVoxels
 from tests.golden_weights import golden_weight_seed, openpcdet_input, openpcdet_state
@@ -55,13 +56,15 @@ def test_golden_block_and_its_parts(path: Path, attention: str):
     places = [window_places(windows[shift]) if attention == "bucketed" else None for shift in (0, 1)]
     positions = [encoder.input_layer(0, 0, shift, windows[shift], places[shift]) for shift in (0, 1)]
     for shift in (0, 1):
-        assert_close(f"position embedding {shift}", positions[shift].of(None)[rows], golden[f"pos_embed_shift{shift}"])
+        assert_close(f"position embedding {shift}", positions[shift].of_voxels()[rows], golden[f"pos_embed_shift{shift}"])
     block = encoder.get_submodule("stage_0.0")
     layer = encoder.get_submodule("stage_0.0.encoder_list.0")
     sets = [make_set_layout(windows[shift], config.set_sizes[0], attention) for shift in (0, 1)]
-    attended = encoder.get_submodule("stage_0.0.encoder_list.0.win_attn")(feats, positions[0].of(None), sets[0], 0)
-    assert_close("attention and feed-forward", attended[rows], golden["set_attention_layer0"])
-    assert_close("encoder layer", layer(feats, positions[0].of(None), sets[0], 0)[rows], golden["encoder_layer0"])
+    part = cast(_AttentionAndFeedForward, layer.win_attn)
+    hidden = part.norm1(feats + set_attention(feats, positions[0], sets[0], 0, part.self_attn.weights()))
+    hidden = part.norm2(hidden + part.linear2(nn.functional.gelu(part.linear1(hidden))))
+    assert_close("attention and feed-forward", hidden[rows], golden["set_attention_layer0"])
+    assert_close("encoder layer", layer(feats, positions[0], sets[0], 0)[rows], golden["encoder_layer0"])
     for block_id in (0, 1):
         assert_close(f"block {block_id}", block(feats, positions, sets[block_id])[rows], golden[f"block_out_blockid{block_id}"])
 

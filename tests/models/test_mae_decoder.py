@@ -70,6 +70,24 @@ def test_voxel_decoder_predictions_differ_along_z_where_the_published_ones_canno
         assert bool((apart == 0).all()) != differ
 
 
+@pytest.mark.parametrize("kind", ["voxel", "light"])
+@pytest.mark.parametrize("attention", ["bucketed", "padded"])
+def test_features_of_some_voxels_are_those_of_all_voxels_there(kind: str, attention: str):
+    voxels, config = random_voxels(300), SMALL.model_copy(update={"attention": attention})
+    hidden = torch.rand(300, generator=generator()) < 0.5
+    torch.manual_seed(1)
+    decoder = (VoxelDecoder(config, SHAPE) if kind == "voxel" else light(16, SHAPE)).train()
+    rows = hidden.nonzero().squeeze(1)
+    latent = small_encoder()(voxels.select(~hidden))
+    every, some = decoder(latent, voxels.coords, hidden)[rows], decoder(latent, voxels.coords, hidden, rows)
+    torch.testing.assert_close(some, every)
+    gradients = [
+        torch.autograd.grad(out.square().sum(), list(decoder.parameters()), retain_graph=True) for out in (every, some)
+    ]
+    for (name, _), one, other in zip(decoder.named_parameters(), *gradients, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"gradient of {n}: {m}")
+
+
 def test_hidden_voxels_differ_even_where_everything_is_hidden():
     column = torch.tensor([[0, 3, 3, z] for z in range(SHAPE[2])], dtype=torch.int32)
     voxels = SparseVoxels(column, torch.zeros(SHAPE[2], 16), SHAPE, 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from picture3d.ops.attention import AttentionWeights, pooling_attention, set_attention
+from picture3d.ops.attention import AttentionWeights, PositionRows, pooling_attention, set_attention
 from picture3d.ops.sets import (
     FullSets,
     PaddedSets,
@@ -52,53 +52,64 @@ def random_windows(count: int, seed: int = 0) -> Windows:
     return window_partition(random_coords(count, (17, 13, 3), seed=seed), (17, 13, 3), (6, 6, 3), (3, 3, 0))
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["own positions", "shared positions"])
+@pytest.mark.parametrize("some", [False, True], ids=["all rows", "some rows"])
 @pytest.mark.parametrize("count", [1, 2, 37, 400])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_every_form_equals_stock_attention_set_by_set_values_and_gradients(count: int, axis: int):
+def test_every_form_equals_stock_attention_set_by_set_values_and_gradients(count: int, axis: int, some: bool, shared: bool):
     windows, weights = random_windows(count), random_weights()
     partition = set_partition(windows, 11)
     generator = torch.Generator().manual_seed(1)
-    query_key = torch.randn(count, C, generator=generator, dtype=torch.float64)
-    value = torch.randn(count, C, generator=generator, dtype=torch.float64)
-    weight = torch.randn(count, C, generator=generator, dtype=torch.float64)
+    x = torch.randn(count, C, generator=generator, dtype=torch.float64)
+    position = torch.randn(5 if shared else count, C, generator=generator, dtype=torch.float64)
+    row_of_voxel = torch.randint(5, (count,), generator=generator) if shared else None
+    wanted = torch.randperm(count, generator=generator)[: count // 2] if some else torch.arange(count)
+    weight = torch.randn(len(wanted), C, generator=generator, dtype=torch.float64)
 
-    stock, inputs = stock_attention(weights), [query_key.clone().requires_grad_(), value.clone().requires_grad_()]
+    stock, inputs = stock_attention(weights), [x.clone().requires_grad_(), position.clone().requires_grad_()]
+    query_key = inputs[0] + (inputs[1] if row_of_voxel is None else inputs[1][row_of_voxel])
     expected = torch.zeros(count, C, dtype=torch.float64)
     for rows in torch.tensor_split(partition.order[axis], partition.set_start[1:-1]):
-        asked, answer = inputs[0][rows][None], inputs[1][rows][None]
+        asked, answer = query_key[rows][None], inputs[0][rows][None]
         expected = expected.index_add(0, rows, stock(asked, asked, answer, need_weights=False)[0][0])
-    (expected * weight).sum().backward()
-    wanted = [inputs[0].grad, inputs[1].grad, stock.in_proj_weight.grad, stock.out_proj.bias.grad]
+    (expected[wanted] * weight).sum().backward()
+    parts = (stock.in_proj_weight, stock.in_proj_bias, stock.out_proj.weight, stock.out_proj.bias)
+    gradients = [tensor.grad for tensor in (*inputs, *parts)]
 
     for name, sets in layouts(windows, 11).items():
-        leaves = [t.clone().requires_grad_() for t in (query_key, value, weights.in_weight, weights.out_bias)]
-        ours = AttentionWeights(leaves[2], weights.in_bias, weights.out_weight, leaves[3], HEADS)
-        out = set_attention(leaves[0], leaves[1], sets, axis, ours)
+        held = (x, position, weights.in_weight, weights.in_bias, weights.out_weight, weights.out_bias)
+        leaves = [t.clone().requires_grad_() for t in held]
+        ours, positions = AttentionWeights(*leaves[2:], heads=HEADS), PositionRows(leaves[1], row_of_voxel)
+        out = set_attention(leaves[0], positions, sets, axis, ours, wanted if some else None)
         (out * weight).sum().backward()
-        torch.testing.assert_close(out, expected, msg=lambda m, n=name: f"{n}: {m}")
-        for leaf, gradient in zip(leaves, wanted, strict=True):
+        torch.testing.assert_close(out, expected[wanted], msg=lambda m, n=name: f"{n}: {m}")
+        for leaf, gradient in zip(leaves, gradients, strict=True):
             torch.testing.assert_close(leaf.grad, gradient, msg=lambda m, n=name: f"{n}, gradient: {m}")
 
 
-@pytest.mark.parametrize("form", ["padded", "full"])
+def nowhere(count: int, dtype: torch.dtype = torch.float64) -> PositionRows:
+    return PositionRows(torch.zeros(count, C, dtype=dtype), None)
+
+
+@pytest.mark.parametrize("form", ["padded", "full", "runs"])
 def test_no_voxels_attend_to_nothing(form: str):
     x = torch.zeros(0, C, dtype=torch.float64, requires_grad=True)
-    out = set_attention(x, x, layouts(random_windows(0), 11)[form], 0, random_weights())
+    out = set_attention(x, nowhere(0), layouts(random_windows(0), 11)[form], 0, random_weights())
     assert out.shape == (0, C)
     out.sum().backward()
 
 
-@pytest.mark.parametrize("form", ["padded", "full"])
+@pytest.mark.parametrize("form", ["padded", "full", "runs"])
 def test_bfloat16_stays_near_float64(form: str):
     windows, weights = random_windows(200), random_weights()
     x = torch.randn(200, C, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     sets = layouts(windows, 11)[form]
-    exact = set_attention(x, x, sets, 0, weights)
+    exact = set_attention(x, nowhere(200), sets, 0, weights)
     single = AttentionWeights(
         weights.in_weight.float(), weights.in_bias.float(), weights.out_weight.float(), weights.out_bias.float(), HEADS
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = set_attention(x.float(), x.float(), sets, 0, single)
+        out = set_attention(x.float(), nowhere(200, torch.float32), sets, 0, single)
     assert out.dtype == torch.bfloat16
     assert (out.double() - exact).abs().max() < 0.05 * exact.abs().max()  # 8 bits of mantissa through three products
 
@@ -160,8 +171,8 @@ def test_two_voxels_and_no_embedding_share_by_their_dot_products():
     eye = torch.tensor([[1.0], [1.0], [1.0]])
     weights = AttentionWeights(eye, torch.zeros(3), torch.ones(1, 1), torch.zeros(1), heads=1)
     windows = window_partition(torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0]]), (4, 4, 1), (4, 4, 1), (0, 0, 0))
-    x = torch.tensor([[1.0], [2.0]])
+    x, flat = torch.tensor([[1.0], [2.0]]), PositionRows(torch.zeros(2, 1), None)
     e = math.e
     expected = torch.tensor([[(e * 1 + e**2 * 2) / (e + e**2)], [(e**2 * 1 + e**4 * 2) / (e**2 + e**4)]])
     for sets in layouts(windows, 4).values():
-        torch.testing.assert_close(set_attention(x, x, sets, 0, weights), expected)
+        torch.testing.assert_close(set_attention(x, flat, sets, 0, weights), expected)

@@ -1,44 +1,60 @@
-"""The feed-forward half that recomputes, against the two stock operations."""
+"""The second half of an encoder layer against its operations one by one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch import Tensor
 
-from picture3d.ops.feed_forward import gelu_linear
+from picture3d.ops.feed_forward import FeedForwardWeights, feed_forward, feed_forward_plain
+
+C, F = 6, 9
+SHAPES = ((C,), (C,), (F, C), (F,), (C, F), (C,), (C,), (C,), (C,), (C,))  # in the order of the fields
+
+
+def random_tensors(rows: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Features, what attention says, and the parameters."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((rows, C), (rows, C), *SHAPES))
+    return [values.to(dtype) for values in drawn]
+
+
+def weights_of(flat: list[Tensor]) -> FeedForwardWeights:
+    return FeedForwardWeights(
+        (flat[0], flat[1]), (flat[2], flat[3]), (flat[4], flat[5]), (flat[6], flat[7]), (flat[8], flat[9]), 1e-5
+    )
 
 
 @pytest.mark.parametrize("rows", [0, 1, 30])
-def test_values_and_gradients_equal_gelu_and_linear(rows: int):
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((rows, 7), (5, 7), (5,))
-    values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    factors = torch.randn(rows, 5, generator=generator, dtype=torch.float64)
-    ours, stock = ([value.clone().requires_grad_() for value in values] for _ in range(2))
-    got, expected = gelu_linear(*ours), F.linear(F.gelu(stock[0]), stock[1], stock[2])
-    torch.testing.assert_close(got, expected)
-    (got * factors).sum().backward()
-    (expected * factors).sum().backward()
-    for one, other in zip(ours, stock, strict=True):
+def test_values_and_gradients_equal_the_operations_one_by_one(rows: int):
+    results, leaves = [], [[t.clone().requires_grad_() for t in random_tensors(rows)] for _ in range(2)]
+    factors = torch.randn(rows, C, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for form, (x, attended, *flat) in zip((feed_forward, feed_forward_plain), leaves, strict=True):
+        results.append(form(x, attended, weights_of(flat)))
+        (results[-1] * factors).sum().backward()
+    torch.testing.assert_close(*results)
+    for one, other in zip(*leaves, strict=True):
         torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_under_autocast_gradients_come_back_in_the_dtype_of_their_parameters():
-    hidden = torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)
-    weight, bias = torch.randn(2, 3, requires_grad=True), torch.randn(2, requires_grad=True)
+def test_products_run_in_the_dtype_of_attention_and_gradients_come_back_in_that_of_their_tensors():
+    wide = random_tensors(50)
+    exact = feed_forward_plain(wide[0], wide[1], weights_of(wide[2:]))
+    x, attended, *flat = (t.requires_grad_() for t in random_tensors(50, torch.float32))
+    low = attended.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = gelu_linear(hidden, weight, bias)
-    assert out.dtype == torch.bfloat16
-    out.float().sum().backward()
-    dtypes = [None if value.grad is None else value.grad.dtype for value in (hidden, weight, bias)]
-    assert dtypes == [torch.bfloat16, torch.float32, torch.float32]
+        out = feed_forward(x, low, weights_of(flat))
+    assert out.dtype == torch.float32
+    assert (out - exact).abs().mean() < 0.02  # of values around 1, with 8 bits of mantissa through two products
+    out.square().sum().backward()
+    assert [t.grad.dtype for t in (x, low, *flat) if t.grad is not None] == [torch.float32, torch.bfloat16] + [
+        torch.float32
+    ] * 10
 
 
-def test_the_activation_is_not_kept():
+def test_only_what_is_dear_to_compute_is_kept():
+    x, attended, *flat = (t.requires_grad_() for t in random_tensors(50))
     kept: list[tuple[int, ...]] = []
-    weight, bias = torch.randn(2, 3, requires_grad=True), torch.randn(2, requires_grad=True)
-    hidden = torch.randn(4, 3, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        gelu_linear(hidden, weight, bias)
-    assert sorted(kept) == [(2, 3), (4, 3)]
+        feed_forward(x, attended, weights_of(flat))
+    assert sorted(shape for shape in kept if shape[0] == 50 and shape[1] > 1) == [(50, C)] * 3 + [(50, F)]
