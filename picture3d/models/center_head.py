@@ -9,7 +9,6 @@ turns every box by 90 degrees about its centre before overlaps are taken (`publi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from picture3d.config import FrozenConfig
 from picture3d.models.row_norm import MapBatchNorm
-from picture3d.ops.box_iou import PUBLISHED_TOLERANCE_3D, PUBLISHED_TOLERANCE_BEV, diou_axis_aligned, iou_3d_paired, rotated_nms
+from picture3d.ops.box_iou import PUBLISHED_TOLERANCE_3D, PUBLISHED_TOLERANCE_BEV, classwise_nms, diou_axis_aligned, iou_3d_paired
 from picture3d.ops.gaussian import draw_gaussians, gaussian_radius
 from picture3d.ops.processes import mean_count
 from picture3d.structures.detections import DetectedBoxes
@@ -205,22 +204,16 @@ class CenterHead(nn.Module):
         boxes, scores, labels, iou = boxes[kept], scores[kept], labels[kept], iou[kept]
         share = boxes.new_tensor(config.rectify)[labels]
         scores = scores ** (1 - share) * ((iou + 1) / 2).clamp(0, 1) ** share
-        turned = boxes.clone()
-        if config.published_nms_angle:
-            turned[:, 6] += math.pi / 2
-        rows = []
-        for label, threshold in enumerate(config.nms_thresholds):
-            members = (labels == label).nonzero()[:, 0]
-            chosen = rotated_nms(
-                turned[members],
-                scores[members],
-                threshold,
-                pre_max=config.nms_pre_max,
-                post_max=config.nms_post_max,
-                corner_tolerance=PUBLISHED_TOLERANCE_BEV,
-            )
-            rows.append(members[chosen])
-        order = torch.cat(rows)
+        order = classwise_nms(
+            boxes,
+            scores,
+            labels,
+            config.nms_thresholds,
+            pre_max=config.nms_pre_max,
+            post_max=config.nms_post_max,
+            corner_tolerance=PUBLISHED_TOLERANCE_BEV,
+            quarter_turn=config.published_nms_angle,
+        )
         return DetectedBoxes(boxes[order], scores[order], labels[order] + 1)
 
     def _boxes(self, code: Tensor, cell: Tensor, width: int) -> Tensor:

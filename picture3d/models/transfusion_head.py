@@ -23,7 +23,7 @@ from picture3d.models.center_head import focal_heatmap_loss
 from picture3d.models.row_norm import MapBatchNorm, SequenceBatchNorm
 from picture3d.models.transfusion_decoder import LocalDecoder, positions_of
 from picture3d.models.transfusion_targets import MapFrame, MatchingCosts, TransFusionTargets, assign, decode_boxes
-from picture3d.ops.box_iou import PUBLISHED_TOLERANCE_3D, PUBLISHED_TOLERANCE_BEV, iou_3d_paired, rotated_nms
+from picture3d.ops.box_iou import PUBLISHED_TOLERANCE_3D, PUBLISHED_TOLERANCE_BEV, classwise_nms, iou_3d_paired
 from picture3d.ops.processes import mean_count
 from picture3d.structures.detections import DetectedBoxes
 
@@ -263,24 +263,16 @@ class TransFusionHead(nn.Module):
 
     def _suppressed(self, boxes: Tensor, score: Tensor, label: Tensor, rows: Tensor) -> Tensor:
         """The ones of `rows` that stay, ascending."""
-        config = self.config
-        stays = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-        stays[rows] = True
-        for index, threshold in enumerate(config.nms_thresholds):
-            if threshold <= 0:
-                continue
-            members = rows[label[rows] == index]
-            chosen = rotated_nms(
-                boxes[members],
-                score[members],
-                threshold,
-                pre_max=config.nms_pre_max,
-                post_max=config.nms_post_max,
-                corner_tolerance=PUBLISHED_TOLERANCE_BEV,
-            )
-            stays[members] = False
-            stays[members[chosen]] = True
-        return stays.nonzero()[:, 0]
+        kept = classwise_nms(
+            boxes[rows],
+            score[rows],
+            label[rows],
+            self.config.nms_thresholds,
+            pre_max=self.config.nms_pre_max,
+            post_max=self.config.nms_post_max,
+            corner_tolerance=PUBLISHED_TOLERANCE_BEV,
+        )
+        return rows[kept].sort().values
 
     def _frame(self, output: TransFusionOutput) -> MapFrame:
         size_x, size_y = output.dense_heatmap.shape[2:]

@@ -13,6 +13,9 @@ one box inside of the other, which needs no corners, no sorting and a fifth of t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -120,6 +123,52 @@ def rotated_nms(
         overlapping[start : start + len(i)] = _ratio(shared, area[i] + area[j] - shared) > threshold
     keep = _suppress(better[overlapping], worse[overlapping], len(ranked))
     return order[keep][:post_max]
+
+
+def classwise_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    thresholds: Sequence[float],
+    *,
+    pre_max: int | None = None,
+    post_max: int | None = None,
+    corner_tolerance: float = 0.0,
+    quarter_turn: bool = False,
+) -> Tensor:
+    """(K,) int64 rows that stay when boxes suppress those of their own class only: class by class, best first in each.
+
+    Args:
+        boxes: (N, 7+).
+        scores: (N,).
+        labels: (N,) int64 class, 0-based.
+        thresholds: IoU per class, see `rotated_nms`; a class with 0 is not suppressed.
+        pre_max: look at so many of the best of a class only, if it is suppressed.
+        post_max: keep at most so many of a class, if it is suppressed.
+        corner_tolerance: see the module.
+        quarter_turn: as published for CenterHead: every box is turned by 90 degrees about its centre before overlaps are taken.
+
+    Raises:
+        ValueError: as `rotated_nms`.
+    """
+    if quarter_turn:
+        boxes = torch.cat([boxes[:, :6], boxes[:, 6:7] + math.pi / 2], 1)
+    rows = []
+    for label, threshold in enumerate(thresholds):
+        members = (labels == label).nonzero()[:, 0]
+        if threshold <= 0:
+            rows.append(members[torch.argsort(scores[members], descending=True, stable=True)])
+            continue
+        kept = rotated_nms(
+            boxes[members],
+            scores[members],
+            threshold,
+            pre_max=pre_max,
+            post_max=post_max,
+            corner_tolerance=corner_tolerance,
+        )
+        rows.append(members[kept])
+    return torch.cat(rows) if rows else labels.new_zeros(0)
 
 
 def points_in_boxes(points: Tensor, boxes: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from picture3d.ops.box_iou import (
     PUBLISHED_TOLERANCE_BEV,
     bev_iou,
     bev_overlap,
+    classwise_nms,
     diou_axis_aligned,
     iou_3d,
     iou_3d_paired,
@@ -76,6 +77,11 @@ def test_golden_overlaps_and_suppression(path):
     scores = torch.from_numpy(golden["scores"])
     kept = rotated_nms(a, scores, 0.2, corner_tolerance=PUBLISHED_TOLERANCE_BEV)
     assert kept.tolist() == golden["nms_0p2"].tolist() == rotated_nms(a, scores, 0.2).tolist()
+    # The file does not tell its threshold: 0.1 for every class is the one round number that gives both lists.
+    labels, lists = torch.from_numpy(golden["labels"]).long(), ("nms_multiclass_true_heading", "nms_multiclass_reference")
+    for quarter_turn, name in enumerate(lists):
+        found = classwise_nms(a, scores, labels, (0.1,) * 3, quarter_turn=bool(quarter_turn))
+        assert found.tolist() == golden[name].tolist(), name
 
 
 def test_overlap_by_hand():
@@ -197,6 +203,14 @@ def test_boxes_without_size_overlap_nothing_and_stay():
     flat = torch.tensor([box(length=0.0), box(length=0.0), box()])
     assert bev_iou(flat, flat)[0].tolist() == [0.0, 0.0, 0.0]
     assert rotated_nms(flat, torch.tensor([0.3, 0.2, 0.1]), 0.1).tolist() == [0, 1, 2]
+
+
+def test_classes_suppress_their_own_boxes_only_and_a_threshold_of_0_none():
+    pair = torch.tensor([box(x=0.0), box(x=0.5)])
+    boxes, scores = pair.repeat(3, 1), torch.tensor([0.3, 0.9, 0.8, 0.2, 0.1, 0.4])
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    assert classwise_nms(boxes, scores, labels, (0.2, 0.9, 0.0), post_max=1).tolist() == [1, 2, 5, 4]
+    assert classwise_nms(boxes, scores, labels, ()).tolist() == []
 
 
 def test_values_that_are_not_numbers_are_refused():
