@@ -269,8 +269,9 @@ def test_objects_are_pasted_by_seed_epoch_and_position_until_the_last_epochs(tmp
     counts = [[len(batch.boxes) for batch in first.epoch(epoch) if batch.boxes is not None] for epoch in range(3)]
     assert min(counts[0]) > 3
     assert sum(counts[2]) == 5, "none is pasted in the last epoch"
-    for one, two in zip(first.epoch(1), batches(workers=1).epoch(1), strict=True):
-        assert_same(one, two)
+    for epoch in (1, 2):
+        for one, two in zip(first.epoch(epoch), batches(workers=1).epoch(epoch), strict=True):
+            assert_same(one, two)
     different = [first.batch(0, 0), first.batch(1, 0)]
     assert not torch.equal(different[0].xyz[:10], different[1].xyz[:10]) or len(different[0].xyz) != len(different[1].xyz)
     pasted = first.batch(0, 0)
@@ -289,3 +290,7 @@ def test_augmentation_stops_in_the_last_epochs_too(tmp_path):
     assert not torch.equal(batches.batch(2, 0).xyz, plain.xyz)
     for epoch in (3, 4):
         assert_same(batches.batch(epoch, 0), plain)
+    loaded = FrameBatches(config(root, augment_off_last=2, **settings), batch_size=4, seed=1, workers=1)
+    loaded.total_epochs = 5
+    for epoch in (2, 3):  # a worker knows the epoch, too
+        assert_same(next(loaded.epoch(epoch)), batches.batch(epoch, 0))
