@@ -18,12 +18,19 @@ from torch import Tensor, nn
 
 from picture3d.config import FrozenConfig
 from picture3d.models.row_norm import MapBatchNorm
-from picture3d.ops.box_iou import PUBLISHED_TOLERANCE_3D, PUBLISHED_TOLERANCE_BEV, classwise_nms, diou_axis_aligned, iou_3d_paired
+from picture3d.ops.box_iou import (
+    PUBLISHED_TOLERANCE_3D,
+    PUBLISHED_TOLERANCE_BEV,
+    classwise_nms,
+    diou_axis_aligned,
+    iou_3d_paired,
+)
 from picture3d.ops.gaussian import draw_gaussians, gaussian_radius
 from picture3d.ops.processes import mean_count
 from picture3d.structures.detections import DetectedBoxes
 
 _BRANCHES = {"center": 2, "center_z": 1, "dim": 3, "rot": 2, "iou": 1}  # name -> channels; "hm" has one per class
+_SMALL_STD = 1e-3
 
 
 class CenterHeadConfig(FrozenConfig):
@@ -32,6 +39,11 @@ class CenterHeadConfig(FrozenConfig):
     kind: Literal["center"] = "center"
     classes: tuple[str, ...] = Field(default=("Vehicle", "Pedestrian", "Cyclist"), description="training classes, in order")
     channels: int = Field(default=64, ge=1, description="width of the shared convolution and of each branch")
+    small_start: bool = Field(
+        default=False,
+        description="begin with branches that say the same everywhere: the noise of the published first weights takes a few "
+        "hundred steps to unlearn",
+    )
     gaussian_overlap: float = Field(default=0.1, gt=0, lt=1, description="IoU that sets the radius of a peak")
     min_radius: int = Field(default=2, ge=0, description="smallest radius of a peak, in cells")
     neighbours: int = Field(
@@ -113,10 +125,8 @@ class CenterHead(nn.Module):
         self.heads_list = nn.ModuleList(
             [nn.ModuleDict({name: _branch(config.channels, channels) for name, channels in outputs.items()})]
         )
-        last = self._branches.get_submodule("hm.1")
-        assert isinstance(last, nn.Conv2d)
-        assert last.bias is not None
-        nn.init.constant_(last.bias, -2.19)  # a tenth of the cells look like peaks, to begin with
+        for name, branch in self._branches.items():
+            _initialise(branch, name, config.small_start)
 
     @property
     def _branches(self) -> nn.ModuleDict:
@@ -252,13 +262,21 @@ def _at(maps: Tensor, targets: CenterTargets) -> Tensor:
 
 def _branch(channels: int, out_channels: int) -> nn.Sequential:
     hidden = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), _norm(channels), nn.ReLU())
-    last = nn.Conv2d(channels, out_channels, 3, padding=1)
-    for conv in (hidden[0], last):
-        assert isinstance(conv, nn.Conv2d)
-        nn.init.kaiming_normal_(conv.weight)
-        if conv.bias is not None:
-            nn.init.zeros_(conv.bias)
-    return nn.Sequential(hidden, last)
+    return nn.Sequential(hidden, nn.Conv2d(channels, out_channels, 3, padding=1))
+
+
+def _initialise(branch: nn.Module, name: str, small: bool) -> None:
+    """First weights as published: PyTorch's own for the heat map, Kaiming's for the others; or next to nothing at the end."""
+    first, last = branch.get_submodule("0.0"), branch.get_submodule("1")
+    assert isinstance(first, nn.Conv2d)
+    assert isinstance(last, nn.Conv2d)
+    assert last.bias is not None
+    if name != "hm":
+        for conv in (first, last):
+            nn.init.kaiming_normal_(conv.weight)
+    if small:
+        nn.init.normal_(last.weight, std=_SMALL_STD)
+    nn.init.constant_(last.bias, -2.19 if name == "hm" else 0.0)  # a tenth of the cells look like peaks, to begin with
 
 
 def _norm(channels: int) -> MapBatchNorm:

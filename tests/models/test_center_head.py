@@ -149,6 +149,21 @@ def test_a_box_beyond_the_border_is_drawn_on_the_border():
     torch.testing.assert_close(targets.code[0, :2], torch.tensor([0.5, 0.0]))
 
 
+def test_a_small_start_says_the_same_everywhere_and_the_published_one_does_not():
+    torch.manual_seed(0)
+    bev = torch.randn(1, 16, 12, 12)
+    for small in (True, False):
+        head = CenterHead(16, (0.5, 0.5), (-3.0, -3.0), CenterHeadConfig(channels=16, small_start=small))
+        maps = head(bev)
+        for name, middle in (("center", 0.0), ("dim", 0.0), ("hm", -2.19)):
+            spread = (getattr(maps, name) - middle).std()
+            assert (spread < 0.05) == small, name
+    # The heat map keeps PyTorch's own first weights; Kaiming's would be 2.4 times as wide.
+    last = CenterHead(16, (0.5, 0.5), (-3.0, -3.0)).get_submodule("heads_list.0.hm.1")
+    assert isinstance(last, torch.nn.Conv2d)
+    assert last.weight.abs().max() <= (9 * 64) ** -0.5
+
+
 def test_without_any_box_only_the_heat_map_costs_and_gradients_are_finite():
     head = small_head()
     maps = head(torch.randn(2, 8, 12, 16))
