@@ -1,12 +1,13 @@
 """Raw Waymo v1 frames -> prepared frames: frames a second on one core, bytes a frame, and memory for few and for many frames.
 
-    python benchmarks/waymo_conversion.py [--sweeps FOLDER | --raw FOLDER] [--many 200]
+    python benchmarks/waymo_conversion.py [--sweeps FOLDER | --raw FOLDER] [--many 200] [--keep FOLDER]
 
 Frames have five LiDARs (64 x 2650 and four times 200 x 600 pixels), two returns, and a pose for every pixel of the TOP LiDAR.
 `--sweeps` takes real sweeps (.bin, float32 x y z tanh(intensity) elongation in the vehicle frame), which are put into range
 images through the calibrations of the town's car: every point goes to its nearest pixel, the TOP LiDAR first. `--raw` takes
 tfrecords as they are. Without either, the town is driven through (some 213,000 points a frame). The frames are repeated, with
-times that grow, to make the long segment; peak memory is that of a process of its own, which does nothing else.
+times that grow, to make the long segment; peak memory is that of a process of its own, which does nothing else. `--keep`
+leaves the long segment, prepared without loss, for `loading.py`.
 """
 
 from __future__ import annotations
@@ -176,6 +177,7 @@ def main() -> None:
     parser.add_argument("--sweeps", type=Path)
     parser.add_argument("--raw", type=Path)
     parser.add_argument("--many", type=int, default=200, help="frames of the long segment; some 10 MB of disk each")
+    parser.add_argument("--keep", type=Path, help="where the long segment is prepared to; it stays there")
     arguments = parser.parse_args()
     machine = f"{platform.system()} {platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread used"
     versions = f"Python {platform.python_version()}, numpy {np.__version__}, zlib {zlib.ZLIB_RUNTIME_VERSION}"
@@ -193,7 +195,8 @@ def main() -> None:
             write_long(folder / str(count), payloads, count)
         for codec in _CODECS:
             for count in (FEW, arguments.many):
-                out = folder / f"out-{codec.kind}-{count}"
+                kept = arguments.keep is not None and codec is PLANES and count == arguments.many
+                out = arguments.keep if kept else folder / f"out-{codec.kind}-{count}"
                 found = alone(folder / str(count), out, str(codec))
                 dataset = PreparedDataset(out)
                 (log,) = dataset.logs()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from picture3d.datasets.check import CheckReport, Finding, check_prepared
+import numpy as np
+
+from picture3d.datasets.check import CheckReport, Finding, Tally, check_prepared
 from picture3d.datasets.check_argoverse2 import check_raw_argoverse2, is_raw_argoverse2
 from picture3d.datasets.check_nuscenes import check_raw_nuscenes, is_raw_nuscenes
 from picture3d.datasets.check_occupancy import with_occupancy
@@ -22,9 +26,12 @@ from picture3d.errors import DataError
 from picture3d.files import whole_file
 from picture3d.formats.remote import remote_url
 from picture3d.structures.frame import Frame
+from picture3d.structures.poses import Pose
 from picture3d.training.runlog import Progress
 
 _FINDINGS_SHOWN = 5  # of one kind
+_SAMPLED = 64  # keyframes from which classes and categories are counted
+_Item = TypeVar("_Item")
 
 
 def check(folder: Path, *, as_json: bool, layout: str = "x,y,z,intensity") -> tuple[str, bool]:
@@ -64,7 +71,13 @@ def check(folder: Path, *, as_json: bool, layout: str = "x,y,z,intensity") -> tu
 
 
 def data_info(folder: Path, *, as_json: bool, picture: Path | None, frame: int) -> str:
-    """What a prepared dataset holds, from its index alone; with `picture`, one keyframe is drawn.
+    """What a prepared dataset holds, from its index and, for classes and categories, a sample of its keyframes.
+
+    Args:
+        folder: prepared frames; of a URL the index alone is looked at, for logs would have to be fetched.
+        as_json: tell it as JSON.
+        picture: where one keyframe is drawn, the car looking up.
+        frame: which keyframe that is, counted over all logs.
 
     Raises:
         DataError: if the folder is not a prepared dataset, or has no such keyframe.
@@ -85,6 +98,7 @@ def data_info(folder: Path, *, as_json: bool, picture: Path | None, frame: int) 
         "points": sum(s.points for s in summaries),
         "boxes": sum(s.boxes for s in summaries),
         "bytes": sum(s.bytes for s in summaries),
+        **({} if remote_url(folder) is not None else _sampled(dataset)),
         "targets": stores,
         "objects": databases_of(folder),
         "occupancy": _occupancy(folder),
@@ -105,8 +119,46 @@ def _occupancy(folder: Path) -> dict[str, int] | None:
     return {name: sum(getattr(entry, name) for entry in logs) for name in ("labelled", "voxels", "bytes")}
 
 
+def _sampled(dataset: PreparedDataset) -> dict[str, object]:
+    """Shares of the points by class and of the boxes by category, and over how many keyframes they were counted."""
+    tally, categories, boxed = Tally(), Counter[str](), 0
+    for key in _spread([key for log in _spread(dataset.logs()) for key in _labelled(dataset, log)]):
+        tally.add(dataset.frame(key, {"labels"}), dataset.label_set)
+    for key in _spread([key for key in dataset.keyframes() if dataset.summary(key.log).boxes]):
+        boxes = dataset.reader(key.log).boxes(key.index)
+        if boxes is not None:
+            boxed += 1
+            categories.update(boxes.category)
+    return {
+        "classes": {"keyframes": tally.counts["labelled"], "shares": _shares(tally.report(dataset.root, ()).classes)},
+        "categories": {"keyframes": boxed, "shares": _shares(categories)},
+    }
+
+
+def _labelled(dataset: PreparedDataset, log: str) -> list[FrameKey]:
+    """The keyframes of a log with a label per point; the log is opened only where some frames have none."""
+    summary = dataset.summary(log)
+    if summary.labelled in (0, summary.frames):
+        return [FrameKey(log, index) for index in summary.keyframes if summary.labelled]
+    reader = dataset.reader(log)
+    return [FrameKey(log, index) for index in summary.keyframes if reader.labelled(index)]
+
+
+def _spread(items: Sequence[_Item]) -> list[_Item]:
+    """At most `_SAMPLED` of them, evenly spread."""
+    if len(items) <= _SAMPLED:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, _SAMPLED).round().astype(int)]
+
+
+def _shares(counts: Mapping[str, int]) -> dict[str, float]:
+    """Name -> share of the whole, the largest first."""
+    total = sum(counts.values())
+    return {name: round(count / total, 4) for name, count in sorted(counts.items(), key=lambda item: -item[1])}
+
+
 def _draw(dataset: PreparedDataset, key: FrameKey, out: Path) -> Path:
-    """A bird's-eye view of one frame with its boxes, coloured by class where it is labelled, by height otherwise."""
+    """One frame from above with its boxes, coloured by class where it is labelled, by height otherwise; the car looks up."""
     from picture3d.view.box_overlay import draw_boxes
     from picture3d.view.colors import label_colors, ramp_colors
     from picture3d.view.pictures import bird_eye, png_bytes
@@ -116,10 +168,13 @@ def _draw(dataset: PreparedDataset, key: FrameKey, out: Path) -> Path:
         colors = label_colors(dataset.label_set.to_train(frame.labels), dataset.label_set.train_names)
     else:
         colors = ramp_colors(frame.points.xyz[:, 2])
-    picture = bird_eye(frame.points.xyz, colors, size_px=960)
+    # Sensors differ in where the car looks; on the page it looks up.
+    upright = Pose(Pose.from_yaw(np.pi / 2).rotation @ frame.ego_from_lidar.rotation, np.zeros(3))
+    picture = bird_eye(upright.apply(frame.points.xyz), colors, size_px=960)
     if frame.boxes is not None and len(frame.boxes):
         boxes = frame.boxes
-        picture = draw_boxes(picture, boxes.center, boxes.size, boxes.yaw, colors=[(255, 214, 90)] * len(boxes))
+        center, yaw = upright.apply(boxes.center), boxes.yaw + upright.yaw
+        picture = draw_boxes(picture, center, boxes.size, yaw, colors=[(255, 214, 90)] * len(boxes))
     with whole_file(out) as file:
         file.write(png_bytes(picture))
     return out
@@ -167,6 +222,12 @@ def _info_text(info: dict[str, object]) -> str:
                 return "none"
             case int():
                 return f"{value:,}"
+            case {"keyframes": int(count), "shares": dict(shares)}:
+                return (
+                    f"{', '.join(f'{name} {share:.1%}' for name, share in shares.items())} (of {count} keyframes)"
+                    if shares
+                    else "none"
+                )
             case dict():
                 return ", ".join(f"{name} {count}" for name, count in value.items()) or "none"
             case list():

@@ -1,19 +1,16 @@
 """The objects of one log, cut out of its keyframes, and the partial file (`<log>.part`) that keeps them until all are done.
 
-Layout of a partial file: one block per keyframe (the columns of its objects one after the other), a JSON index, a 32-byte
-trailer that says where the index is. Blocks, index and trailer carry a CRC-32C each.
+A partial file is a `block_file` with one block per annotated keyframe: the columns of its objects one after the other.
 """
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,14 +19,16 @@ from picture3d.datasets.object_geometry import rows_inside
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.datasets.samples import move_sweep, without_ego
 from picture3d.errors import DataError
-from picture3d.files import whole_file
+from picture3d.formats.block_file import Block, BlockFile, BlockWriter
+from picture3d.formats.framed_file import FramedKind
 from picture3d.structures.points import IntensityUnit
 
-PART_VERSION = 1
-_MAGIC = b"P3DOBP\r\n"
-_TRAILER = struct.Struct("<QQII8s")  # index offset, index length, index CRC, CRC of the 20 bytes before, magic
-_MAX_INDEX_BYTES = 1 << 28
-_MEND = "Delete the file and run `picture3d data objects` again: only this log is done anew."
+KIND = FramedKind(
+    mark=b"P3DOBP\r\n",
+    version=2,
+    what="a file of one log's objects",
+    mend="Delete the file and run `picture3d data objects` again: only this log is done anew.",
+)
 
 # Order and little-endian dtype of the columns of a block: one row per object, then one row per point.
 OBJECT_COLUMNS: dict[str, tuple[str, int]] = {
@@ -158,24 +157,21 @@ def _wanted(categories: tuple[str, ...], settings: CutSettings, position: int) -
 
 @dataclass(frozen=True, slots=True)
 class _BlockEntry:
-    """A block's line in the index."""
+    """What the index says of a keyframe's block."""
 
     frame: int
     objects: int
     points: int
     elongation: bool
-    unit: str
-    length: int
-    crc32c: int
+    unit: IntensityUnit
 
 
-def _entry_of(row: list[Any]) -> _BlockEntry:
-    frame, objects, points, elongation, unit, length, crc = row
-    numbers = [int(number) for number in (frame, objects, points, length, crc)]
-    if min(numbers) < 0:
-        raise ValueError(f"block {numbers}")
-    frame, objects, points, length, crc = numbers
-    return _BlockEntry(frame, objects, points, bool(elongation), str(IntensityUnit(unit)), length, crc)
+def _entry_of(block: Block) -> _BlockEntry:
+    objects, points, elongation, unit = block.about
+    entry = _BlockEntry(block.number, int(objects), int(points), bool(elongation), IntensityUnit(unit))
+    if min(entry.objects, entry.points) < 0 or block.length != _block_bytes(entry):
+        raise ValueError(f"{block.length} bytes for {objects} objects of {points} points")
+    return entry
 
 
 def _block_bytes(entry: _BlockEntry) -> int:
@@ -189,7 +185,7 @@ def _block_bytes(entry: _BlockEntry) -> int:
 
 
 class PartFile:
-    """A finished partial file: which objects a log has, and its blocks one by one."""
+    """A finished partial file: which objects a log has, and its blocks one by one. Open only while blocks are read."""
 
     def __init__(self, path: Path) -> None:
         """Reads the index.
@@ -198,36 +194,14 @@ class PartFile:
             DataError: if the file is missing or damaged.
         """
         self.path = path
-        try:
-            with path.open("rb") as file:
-                size = path.stat().st_size
-                if size < _TRAILER.size:
-                    raise DataError(f"{path}: {size} bytes are too few for a partial file. {_MEND}")
-                file.seek(size - _TRAILER.size)
-                trailer = file.read(_TRAILER.size)
-                offset, length, crc, own_crc, magic = _TRAILER.unpack(trailer)
-                if magic != _MAGIC or own_crc != google_crc32c.value(trailer[:20]):
-                    raise DataError(f"{path}: the trailer at byte {size - _TRAILER.size} is damaged. {_MEND}")
-                if offset + length + _TRAILER.size != size or length > _MAX_INDEX_BYTES:
-                    raise DataError(f"{path}: the trailer at byte {size - _TRAILER.size} points outside of the file. {_MEND}")
-                file.seek(offset)
-                index = file.read(length)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error}). {_MEND}") from error
-        if google_crc32c.value(index) != crc:
-            raise DataError(f"{path}: the index at byte {offset} does not match its checksum. {_MEND}")
-        try:
-            tree = json.loads(index)
-            self.identity: dict[str, Any] = tree["identity"]
-            self.categories: tuple[str, ...] = tuple(str(name) for name in tree["categories"])
-            self.skipped = int(tree["skipped"])
-            self._entries = [_entry_of(row) for row in tree["blocks"]]
-            sound = all(entry.length == _block_bytes(entry) for entry in self._entries)
-            sound = sound and sum(entry.length for entry in self._entries) == offset
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise DataError(f"{path}: the index at byte {offset} lacks or garbles {error}. {_MEND}") from None
-        if not sound:
-            raise DataError(f"{path}: the index at byte {offset} does not fit the blocks before it. {_MEND}")
+        with closing(BlockFile(path, KIND)) as file:
+            try:
+                self.identity: dict[str, Any] = dict(file.header["identity"])
+                self.categories: tuple[str, ...] = tuple(str(name) for name in file.header["categories"])
+                self.skipped = int(file.header["skipped"])
+                self._entries = [_entry_of(block) for block in file.blocks.values()]
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                raise DataError(f"{path}: the index at byte {file.index_at} lacks or garbles {error}. {KIND.mend}") from None
 
     @property
     def frames(self) -> int:
@@ -255,19 +229,9 @@ class PartFile:
         Raises:
             DataError: if one is damaged; the message names the byte.
         """
-        offset = 0
-        try:
-            with self.path.open("rb") as file:
-                for entry in self._entries:
-                    data = file.read(entry.length)
-                    if len(data) != entry.length or google_crc32c.value(data) != entry.crc32c:
-                        raise DataError(
-                            f"{self.path}: frame {entry.frame} at byte {offset} does not match its checksum. {_MEND}"
-                        )
-                    yield self._block(entry, data)
-                    offset += entry.length
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror or error}).") from error
+        with closing(BlockFile(self.path, KIND)) as file:
+            for entry in self._entries:
+                yield self._block(entry, file.read(entry.frame))
 
     def _block(self, entry: _BlockEntry, data: bytes) -> ObjectBlock:
         columns: dict[str, NDArray[np.generic]] = {}
@@ -279,12 +243,12 @@ class PartFile:
             column = np.frombuffer(data, dtype, rows * width, offset)
             columns[name] = column.reshape(rows, width) if width > 1 else column
             offset += column.nbytes
-        return ObjectBlock(entry.frame, IntensityUnit(entry.unit), self.categories, columns)
+        return ObjectBlock(entry.frame, entry.unit, self.categories, columns)
 
 
 def part_identity(dataset: PreparedDataset, log: str, settings: CutSettings) -> dict[str, Any]:
     """What a partial file was made from: the log's own checksum and the settings."""
-    return {"version": PART_VERSION, "log": log, "log_crc32c": dataset.summary(log).crc32c, **settings.to_json()}
+    return {"version": KIND.version, "log": log, "log_crc32c": dataset.summary(log).crc32c, **settings.to_json()}
 
 
 def finished_part(path: Path, identity: dict[str, Any]) -> PartFile | None:
@@ -308,40 +272,20 @@ def write_part(path: Path, dataset: PreparedDataset, log: str, settings: CutSett
     Raises:
         DataError: if a frame cannot be read, or the file cannot be written.
     """
-    entries: list[_BlockEntry] = []
     categories: dict[str, int] = {}  # in order of their first object
-    skipped = offset = 0
-    with whole_file(path) as file:
+    skipped = 0
+    dtypes = OBJECT_COLUMNS | POINT_COLUMNS
+    with BlockWriter(path, KIND, {"identity": part_identity(dataset, log, settings)}) as file:
         for position, index in enumerate(dataset.summary(log).keyframes):
             block = cut_objects(dataset, FrameKey(log, index), settings, position=position)
             if block is None:
                 continue
             codes = np.array([categories.setdefault(name, len(categories)) for name in block.categories], np.uint16)
             columns = {**block.columns, "category": codes[block.columns["category"].astype(np.intp)]}
-            names = [name for name in (*OBJECT_COLUMNS, *POINT_COLUMNS) if name in columns]
-            dtypes = OBJECT_COLUMNS | POINT_COLUMNS
-            data = b"".join(np.ascontiguousarray(columns[name], dtypes[name][0]).tobytes() for name in names)
-            file.write(data)
-            entries.append(
-                _BlockEntry(
-                    frame=index,
-                    objects=block.objects,
-                    points=block.points,
-                    elongation="elongation" in columns,
-                    unit=str(block.unit),
-                    length=len(data),
-                    crc32c=google_crc32c.value(data),
-                )
+            data = b"".join(
+                np.ascontiguousarray(columns[name], dtype).tobytes() for name, (dtype, _) in dtypes.items() if name in columns
             )
+            file.add(index, data, block.objects, block.points, "elongation" in columns, str(block.unit))
             skipped += block.skipped
-            offset += len(data)
-        tree = {
-            "identity": part_identity(dataset, log, settings),
-            "categories": list(categories),
-            "skipped": skipped,
-            "blocks": [[e.frame, e.objects, e.points, e.elongation, e.unit, e.length, e.crc32c] for e in entries],
-        }
-        text = json.dumps(tree, separators=(",", ":"), allow_nan=False).encode()
-        start = struct.pack("<QQI", offset, len(text), google_crc32c.value(text))
-        file.write(text + start + struct.pack("<I", google_crc32c.value(start)) + _MAGIC)
+        file.header |= {"categories": list(categories), "skipped": skipped}
     return PartFile(path)

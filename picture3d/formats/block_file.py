@@ -30,11 +30,14 @@ class Block:
 
 
 class BlockWriter(FramedWriter):
-    """Writes a file block by block; a context manager. The file takes its name when the block ends without an error."""
+    """Writes a file block by block; a context manager. The file takes its name when the block ends without an error.
+
+    `header` is written at the end and may be added to until then.
+    """
 
     def __init__(self, path: Path, kind: FramedKind, header: dict[str, Any]) -> None:
         super().__init__(path, kind)
-        self._header = header
+        self.header = header
         self._blocks: list[Block] = []
 
     def add(self, number: int, data: bytes, *about: Any) -> None:
@@ -46,7 +49,7 @@ class BlockWriter(FramedWriter):
     def index(self) -> tuple[bytes, int]:
         """A header and a row per block."""
         rows = [[b.number, b.offset, b.length, b.crc32c, *b.about] for b in self._blocks]
-        tree = {"header": self._header, "blocks": rows}
+        tree = {"header": self.header, "blocks": rows}
         return json.dumps(tree, separators=(",", ":"), allow_nan=False).encode(), len(rows)
 
 

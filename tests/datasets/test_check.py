@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from picture3d.cli import app
+from picture3d.commands.inspect import check
 from picture3d.datasets.check import CheckReport, check_prepared
 from picture3d.datasets.check_nuscenes import check_raw_nuscenes
 from picture3d.errors import DataError
@@ -138,6 +139,47 @@ def test_raw_nuscenes_is_followed_to_its_files(tmp_path):
     assert keyframe.name in next(f.what for f in broken.findings if f.kind == "damaged")
 
 
+def test_raw_nuscenes_is_read_and_not_only_looked_for(tmp_path):
+    raw = tmp_path / "raw"
+    world = RawWorld(raw)
+    world.write()
+    points = world.sweep_points(0, 1)
+    points[3, 2] = np.nan
+    points.tofile(raw / "sweeps/LIDAR_TOP/s0-d1.pcd.bin")
+    (raw / "sweeps/LIDAR_TOP/s0-d2.pcd.bin").write_bytes(b"")
+    np.full(world.points, 40, np.uint8).tofile(raw / "lidarseg/v1.0-mini/s0-d3_lidarseg.bin")
+    np.zeros(3, np.uint8).tofile(raw / "lidarseg/v1.0-mini/s1-d0_lidarseg.bin")
+    tables = {name: json.loads((raw / f"v1.0-mini/{name}.json").read_text()) for name in ("sample_data", "ego_pose")}
+    for row in tables["sample_data"]:
+        if row["token"] == "s1-d5":
+            row["timestamp"] -= 50_000
+    for row in tables["ego_pose"]:
+        if row["token"] == "s0-d6-pose":
+            row["translation"][0] += 100
+    for name, rows in tables.items():
+        (raw / f"v1.0-mini/{name}.json").write_text(json.dumps(rows))
+    report = check_raw_nuscenes(raw)
+    found = {(f.where, f.kind): (f.level, f.what) for f in report.findings}
+    assert set(found) == {
+        ("scene-0001", "not-finite"), ("scene-0001", "frame-empty"), ("scene-0001", "label-unknown"),
+        ("scene-0001", "pose-jump"), ("scene-0002", "damaged"), ("scene-0002", "time-repeated"),
+    }  # fmt: skip
+    assert "1 points are not finite" in found["scene-0001", "not-finite"][1]
+    assert "s1-d0_lidarseg.bin: 3 labels for the 30 points" in found["scene-0002", "damaged"][1]
+    assert report.counts == {"logs": 2, "frames": 13, "keyframes": 5, "points": 13 * 30 - 31, "boxes": 5, "labelled": 5}
+
+
+def test_what_many_logs_have_is_told_once_and_counted(tmp_path):
+    logs = {f"log-{i:02d}": [steady(0, f"log-{i:02d}"), steady(0, f"log-{i:02d}")] for i in range(9)}
+    for frames in logs.values():
+        frames[1] = steady(1, frames[0].log, timestamp_us=frames[0].timestamp_us)
+    text, sound = check(write_made_dataset(tmp_path, logs), as_json=False)
+    assert sound
+    told = [line for line in text.splitlines() if "time-repeated" in line]
+    assert [line.split(":")[2].strip() for line in told[:5]] == [f"log-{i:02d}" for i in range(5)]
+    assert told[5:] == ["warning: time-repeated: 4 more places, 9 times in all; --json names each"]
+
+
 def test_the_command_answers_with_its_exit_status_and_draws_a_frame(tmp_path):
     root = write_made_dataset(tmp_path / "data", {"log-a": [steady(0), steady(1)]})
     shell = CliRunner()
@@ -147,6 +189,11 @@ def test_the_command_answers_with_its_exit_status_and_draws_a_frame(tmp_path):
     told = shell.invoke(app, ["data", "info", str(root), "--json", "--picture", str(tmp_path / "frame.png")])
     info = json.loads(told.stdout)
     assert (info["logs"], info["frames"], info["points"], info["splits"]) == (1, 2, 80, {"train": 1})
+    assert (info["classes"]["keyframes"], info["categories"]["keyframes"]) == (2, 2)
+    assert sum(info["classes"]["shares"].values()) == pytest.approx(1, abs=0.001)
+    boxes = [steady(0).boxes, steady(1).boxes]
+    names = [name for found in boxes if found is not None for name in found.category]
+    assert info["categories"]["shares"] == pytest.approx({n: names.count(n) / len(names) for n in set(names)}, abs=1e-4)
     assert (tmp_path / "frame.png").read_bytes().startswith(b"\x89PNG")
     (root / "logs" / "log-a.p3d").write_bytes(b"short")
     bad = shell.invoke(app, ["check", str(root)])

@@ -1,4 +1,4 @@
-"""Raw ONCE, Argoverse 2 and Waymo v2 are looked at before they are prepared."""
+"""Raw ONCE, Argoverse 2, Waymo v2, SemanticKITTI and sweeps of one's own are looked at before they are prepared."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from picture3d.commands.inspect import check
 from picture3d.datasets.check import CheckReport
 from picture3d.datasets.check_argoverse2 import check_raw_argoverse2, is_raw_argoverse2
 from picture3d.datasets.check_once import check_raw_once, is_raw_once
+from picture3d.datasets.check_points import check_raw_points, is_raw_points
+from picture3d.datasets.check_semantickitti import check_raw_semantickitti, is_raw_semantickitti
 from picture3d.datasets.check_waymo import check_raw_waymo_v2
 from picture3d.datasets.waymo_v2 import waymo_version
 from picture3d.errors import DataError
 from picture3d.formats.waymo_v2 import component_file
 from tests.datasets import test_argoverse2 as argoverse2
 from tests.datasets import test_once as once
+from tests.datasets import test_point_files as point_files
+from tests.datasets import test_semantickitti as semantickitti
 from tests.datasets import test_waymo_v2 as waymo_v2
+from tests.sample_data import sample_path
 
 
 def kinds(report: CheckReport) -> dict[str, int]:
@@ -30,6 +35,55 @@ def kinds(report: CheckReport) -> dict[str, int]:
 
 def sweeps_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.*"))
+
+
+# -- SemanticKITTI and own sweeps ---------------------------------------------------------------------------------------
+
+
+def test_sound_scans_are_counted_and_damage_is_named(tmp_path):
+    folder, _ = semantickitti.write_sequence(tmp_path)
+    other, _ = semantickitti.write_sequence(tmp_path, "08")
+    assert is_raw_semantickitti(tmp_path)
+    report = check_raw_semantickitti(tmp_path)
+    assert report.findings == ()
+    assert report.counts == {"logs": 2, "frames": 6, "keyframes": 6, "points": 30, "boxes": 0, "labelled": 6}
+    first, second, third = sweeps_of(folder / "velodyne")
+    first.write_bytes(first.read_bytes()[:-3])
+    np.full((5, 4), np.inf, "<f4").tofile(second)
+    third.unlink()
+    (other / "poses.txt").write_text("1 2 3\n")
+    report = check_raw_semantickitti(tmp_path)
+    found = {(f.where, f.kind): f for f in report.findings}
+    assert set(found) == {("00", "damaged"), ("00", "not-finite"), ("00", "frame-empty"), ("00", "missing"), ("08", "damaged")}
+    assert first.name in found["00", "damaged"].what
+    assert third.name in found["00", "missing"].what
+    assert "poses.txt, line 1" in found["08", "damaged"].what
+    assert found["00", "not-finite"].count == 5
+
+
+def test_real_scans_are_sound():
+    report = check_raw_semantickitti(sample_path("semantickitti"))
+    assert report.findings == ()
+    assert (report.counts["frames"], report.counts["points"]) == (3, 124231 + 124087 + 123861)
+    assert report.classes["road"] > 100_000
+
+
+def test_own_sweeps_are_read_by_their_layout(tmp_path):
+    for log in "ab":
+        point_files.write_sweeps(tmp_path / log, 2)
+    assert is_raw_points(tmp_path)
+    seen: list[tuple[int, int]] = []
+    report = check_raw_points(tmp_path, layout=point_files.LAYOUT, progress=lambda *done: seen.append(done))
+    assert report.findings == ()
+    assert report.counts == {"logs": 2, "frames": 4, "keyframes": 4, "points": 80, "boxes": 0, "labelled": 0}
+    assert seen == [(i, 4) for i in range(1, 5)]
+    (tmp_path / "a" / "sweep8.bin").write_bytes(bytes(7))
+    text, sound = check(tmp_path, as_json=False, layout=point_files.LAYOUT)
+    assert not sound
+    assert "damaged: a: " in text
+    assert "sweep8.bin" in text
+    with pytest.raises(DataError, match="layout"):
+        check(tmp_path, as_json=False, layout="x,y,w")
 
 
 # -- ONCE ---------------------------------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ import picture3d.datasets.object_building as building
 from picture3d.datasets.detection_classes import NUSCENES_DETECTION, WAYMO_DETECTION, DetectionClasses
 from picture3d.datasets.object_building import build_object_database
 from picture3d.datasets.object_database import HEAD, ObjectDatabase, database_path, databases_of
+from picture3d.datasets.object_parts import KIND, PartFile
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.datasets.samples import DataConfig, read_sample
 from picture3d.errors import ConfigError, DataError
+from picture3d.formats.block_file import BlockWriter
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.points import IntensityUnit
 from picture3d.structures.poses import Pose
@@ -161,6 +163,16 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path):
     again = build_object_database(tmp_path, name="killed")
     assert again.logs_made == 2
     assert again.path.read_bytes() == build_object_database(tmp_path, name="whole").path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "about", [(1, 0, False, "0-255"), (0, 0, False, "percent"), (0, 0, False), (-1, 4, False, "0-255"), ("x", 0, 0, "0-1")]
+)
+def test_a_part_whose_index_does_not_fit_its_blocks_is_our_error(tmp_path, about):
+    with BlockWriter(tmp_path / "a.part", KIND, {"identity": {}, "categories": [], "skipped": 0}) as file:
+        file.add(0, b"", *about)
+    with pytest.raises(DataError, match=r"a\.part: the index at byte 16 lacks or garbles .*Delete the file"):
+        PartFile(tmp_path / "a.part")
 
 
 def test_several_processes_give_the_same_bytes(tmp_path):

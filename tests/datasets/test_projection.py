@@ -42,6 +42,7 @@ def test_a_sample_of_known_cost_is_projected_by_hand():
     assert training.bytes == 158_081 * 2_000_000
     assert training.epoch_hours == pytest.approx(158_081 * 0.05 / 3600)
     assert training.peak_bytes == 400  # memory does not grow with the frames
+    assert training.memory(3) == 1200
 
 
 def test_sweeps_count_with_their_keyframe_and_tables_with_the_scenes():
@@ -52,6 +53,8 @@ def test_sweeps_count_with_their_keyframe_and_tables_with_the_scenes():
     assert train.hours == pytest.approx((28_130 * 2.0 + 30.0) / 3600)
     assert train.bytes == 2_813_000
     assert train.peak_bytes == 1000 + 900
+    # 1000 bytes of tables are held once, 900 by each process that makes logs.
+    assert (train.memory(1), train.memory(4)) == (1900, 1000 + 4 * 900)
     whole = project(Measured("nuscenes", 17, 5, 99, 500, 10.0, 1.0, 3.0, 1000, 100, 1000))
     assert whole[0].peak_bytes == 1000  # never less than what was measured
 

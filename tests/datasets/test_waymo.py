@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from picture3d.cli import main
+from picture3d.datasets.check_waymo import check_raw_waymo
 from picture3d.datasets.frame_columns import columns_of
 from picture3d.datasets.label_sets import WAYMO
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.datasets.samples import DataConfig, load_sample
 from picture3d.datasets.waymo import frame_of_waymo, prepare_waymo, segment_files, segment_name
+from picture3d.datasets.waymo_v2 import waymo_version
 from picture3d.errors import DataError
 from picture3d.formats.columns import PLANES, Codec, CodecKind, encode
 from picture3d.formats.tfrecord import RecordWriter, read_records, record_lengths
@@ -149,6 +151,60 @@ def test_one_frame_or_several_is_chosen_when_they_are_loaded(prepared, pairs):
     np.testing.assert_allclose(several.features[own:, 2], 0.1, rtol=1e-6)
     assert not several.features[:own, 2].any()
     np.testing.assert_allclose(single.features[:, 0], np.tanh(now.points.intensity), rtol=1e-6)
+
+
+def published(root: Path, **lists: str) -> Path:
+    """Three segments as OpenPCDet wants them: all in raw_data/, lists of the splits beside it."""
+    for number, name in enumerate("abc"):
+        write_segment(root, name, small_segment(name, seed=number), "raw_data")
+    (root / "ImageSets").mkdir()
+    for split, text in lists.items():
+        (root / "ImageSets" / f"{split}.txt").write_text(text)
+    return root
+
+
+def test_segments_of_one_folder_are_split_by_their_lists(tmp_path):
+    published(
+        tmp_path / "raw",
+        train="segment-a_with_camera_labels.tfrecord\nsegment-c.tfrecord\n",
+        val="segment-b_with_camera_labels.tfrecord\n",
+    )
+    summary = prepare_waymo(tmp_path / "raw", tmp_path / "out")
+    assert (summary.logs, summary.frames, summary.missing_files) == (3, 9, 0)
+    dataset = PreparedDataset(tmp_path / "out")
+    assert (dataset.logs("train"), dataset.logs("val")) == (("a", "c"), ("b",))
+    assert waymo_version(tmp_path / "raw") == 1
+
+
+def test_segments_of_a_list_that_are_not_there_are_counted_and_left_out_only_if_asked(tmp_path):
+    raw = published(
+        tmp_path / "raw", train="segment-a.tfrecord segment-b.tfrecord segment-d.tfrecord", val="segment-c.tfrecord"
+    )
+    with pytest.raises(DataError, match=r"1 files .*1 in .*raw_data\), the first is .*segment-d\.tfrecord.*--skip-missing"):
+        prepare_waymo(raw, tmp_path / "out")
+    summary = prepare_waymo(raw, tmp_path / "out", skip_missing=True)
+    assert (summary.logs, summary.missing_files) == (3, 1)
+    (finding,) = check_raw_waymo(raw).findings
+    assert (finding.kind, finding.count) == ("missing", 1)
+
+
+@pytest.mark.parametrize(
+    ("lists", "why"),
+    [
+        ({"train": "segment-a.tfrecord segment-b.tfrecord segment-c.tfrecord", "val": "segment-b.tfrecord"}, "train too"),
+        ({"train": "segment-a.tfrecord"}, r"no list names segment-b_with_camera_labels\.tfrecord \(2 such\)"),
+    ],
+)
+def test_lists_that_contradict_the_segments_are_refused(tmp_path, lists, why):
+    with pytest.raises(DataError, match=why):
+        prepare_waymo(published(tmp_path / "raw", **lists), tmp_path / "out")
+
+
+def test_without_lists_everything_in_the_one_folder_is_for_training(tmp_path):
+    raw = published(tmp_path / "raw")
+    (raw / "ImageSets").rmdir()
+    prepare_waymo(raw, tmp_path / "out")
+    assert PreparedDataset(tmp_path / "out").logs("train") == ("a", "b", "c")
 
 
 def test_a_second_run_makes_nothing_and_coordinates_can_be_rounded(town, prepared, tmp_path):
