@@ -18,6 +18,7 @@ from picture3d.commands.build import (
 )
 from picture3d.commands.machine import start
 from picture3d.config import read_config_tree
+from picture3d.datasets.loading import FrameBatches
 from picture3d.errors import ConfigError
 from picture3d.files import sole_writer
 from picture3d.recipes.catalogue import (
@@ -72,7 +73,15 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool, machine: torch.de
     targets = build_training_targets(config.targets, config.data, machine)
     batches = training_batches(config, targets, team.place)
     task = build_picture(config, machine, epoch_batches=batches.steps_per_epoch)
-    return fit(task, batches, config.training, _claimed(out, config, team), resume=resume, team=team)
+    run = _claimed(out, config, team)
+    _log_selection(run, batches)
+    return fit(task, batches, config.training, run, resume=resume, team=team)
+
+
+def _log_selection(run: RunFolder, batches: FrameBatches) -> None:
+    """What the run sees of its datasets, so that nobody has to guess what "20 %" meant."""
+    for source in batches.sources:
+        run.log(f"data: {source.selection}")
 
 
 def _claimed(out: Path, config: PretrainConfig | SegmentationConfig | DetectionConfig, team: Team) -> RunFolder:
@@ -133,6 +142,7 @@ def _finetune(
         report = load_encoder(task.module, config.pretrained, allow_partial=config.allow_partial, inputs=inputs)
     run = _claimed(out, config, team)
     run.log(f"encoder from {config.pretrained}: {report.summary()}" if report else "encoder from scratch")
+    _log_selection(run, batches)
     return fit(task, batches, config.training, run, resume=resume, team=team)
 
 

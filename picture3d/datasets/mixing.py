@@ -51,6 +51,21 @@ class Source:
             raise DataError(f"dataset '{self.name}' ({self.dataset.root}): {error}") from None
         return sample.renamed(f"{self.name}:{key}") if self.mixed else sample
 
+    @property
+    def selection(self) -> str:
+        """Which keyframes of how many are used and why these, in words for a log."""
+        config, used = self.config, len(set(self.keys))
+        split = "all splits" if config.split is None else f"split {config.split}"
+        interval = "every keyframe" if config.every == 1 else f"one keyframe in {config.every}"
+        how = [interval, f"{100 * config.label_share:g} % of the labels"]
+        how += ["labelled ones only"] if config.labelled_only else []
+        how += ["with occupancy labels only"] if config.occupancy else []
+        how += [] if config.max_frames is None else [f"at most {config.max_frames:,}"]
+        if len(self.keys) != used or config.balance_classes:
+            how.append(f"classes balanced to {len(self.keys):,} frames an epoch")
+        whole = len(self.dataset.keyframes(config.split))
+        return f"{self.name}, {split}: {used:,} of {whole:,} keyframes ({', '.join(how)})"
+
     def identity(self) -> dict[str, Any]:
         """What has to stay the same for a run to go on with this source, as JSON."""
         crc = 0

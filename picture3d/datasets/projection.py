@@ -37,20 +37,21 @@ class FullSize:
     dataset: str
     split: str
     keyframes: int
+    logs: int  # segments or scenes
 
 
-# Source: the datasets' own statistics (nuScenes: 700 and 150 scenes of trainval; Waymo: 798 and 202 segments).
+# Source: the datasets' own statistics.
 FULL_SIZES = (
-    FullSize("waymo", "training", 158_081),
-    FullSize("waymo", "validation", 39_987),
-    FullSize("nuscenes", "train", 28_130),
-    FullSize("nuscenes", "val", 6_019),
+    FullSize("waymo", "training", 158_081, 798),
+    FullSize("waymo", "validation", 39_987, 202),
+    FullSize("nuscenes", "train", 28_130, 700),
+    FullSize("nuscenes", "val", 6_019, 150),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a sample took. Sizes and times are of its frames alone; a keyframe carries its share of the sweeps between."""
+    """What a sample took. Sizes and times are of its frames alone, the sweeps before keyframes included."""
 
     kind: Kind
     frames: int
@@ -63,6 +64,14 @@ class Measured:
     table_scenes: int = 0  # scenes that the tables tell of
     table_bytes: int = 0  # memory that they added
     peak_bytes: int | None = None  # of the process that prepared, tables included; None where that is not known
+    logs: int = 1  # that the frames are of
+
+    def frames_of(self, full: FullSize) -> float:
+        """Frames that a full split has, with as many sweeps before a keyframe as here; the first of a log has none."""
+        if self.keyframes == self.logs:
+            return full.keyframes * self.frames / self.keyframes
+        each = (self.frames - self.logs) / (self.keyframes - self.logs)
+        return full.logs + (full.keyframes - full.logs) * each
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +136,8 @@ def measure_raw(raw: Path, frames: int, *, xyz_codec: Codec = PLANES, sweeps: in
         size = sum(path.stat().st_size for path in paths)
         read_seconds, _ = _time_reading(paths, count)
         return Measured(
-            kind, count, keyframes, points, size, seconds, read_seconds, table_seconds, table_scenes, table_bytes, peak
+            kind, count, keyframes, points, size, seconds, read_seconds, table_seconds, table_scenes, table_bytes, peak,
+            len(paths),
         )  # fmt: skip
 
 
@@ -154,18 +164,18 @@ def measure_prepared(root: Path, frames: int) -> Measured:
     size = sum(log_path(root, log).stat().st_size for log in logs)
     seconds, read = _time_reading([log_path(root, log) for log in logs], frames)
     points = sum(s.points for s in summaries)
-    return Measured(kinds[labels], total, keyframes, points, size, None, seconds / read * total)
+    return Measured(kinds[labels], total, keyframes, points, size, None, seconds / read * total, logs=len(logs))
 
 
 def project(measured: Measured) -> list[Projection]:
-    """The full splits of the dataset that was measured. Times and bytes grow with keyframes, memory with tables alone."""
+    """The full splits of the dataset that was measured. Times and bytes grow with frames, memory with tables alone."""
     dataset = "nuscenes" if measured.kind == "nuscenes" else "waymo"
     more_tables = max(1.0, _SCENES / measured.table_scenes) if measured.table_scenes else 1.0
     found: list[Projection] = []
     for full in FULL_SIZES:
         if full.dataset != dataset:
             continue
-        share = full.keyframes / measured.keyframes
+        share = measured.frames_of(full) / measured.frames
         hours = None
         if measured.frame_seconds is not None:
             hours = (measured.frame_seconds * share + measured.table_seconds * more_tables) / 3600

@@ -92,6 +92,7 @@ def test_fine_tuning_says_where_its_encoder_is_from(way: Way):
     picture, scratch = ((way.root / "runs" / f"segment-{name}" / "log.txt").read_text() for name in ("picture", "scratch"))
     assert re.search(r"encoder from .*runs/picture: encoder: (\d+) of \1 tensors loaded\. skipped .* new in this ", picture)
     assert "encoder from scratch" in scratch
+    assert "% of the labels)" in scratch
 
 
 def test_scores_are_printed_as_json_and_kept_in_the_run(way: Way):

@@ -46,12 +46,14 @@ def test_a_sample_of_known_cost_is_projected_by_hand():
 
 
 def test_sweeps_count_with_their_keyframe_and_tables_with_the_scenes():
-    # 5 keyframes of 17 frames; tables of 85 of the 850 scenes took 3 s and 100 bytes.
+    # A log of 5 keyframes, 3 sweeps before each but the first; tables of 85 of the 850 scenes took 3 s and 100 bytes.
     sample = Measured("nuscenes", 17, 5, 99, 500, 10.0, 1.0, 3.0, 85, 100, 1000)
+    frames = 700 + (28_130 - 700) * 4
+    assert sample.frames_of(FULL_SIZES[2]) == frames
     train, val = project(sample)
     assert (train.full.keyframes, val.full.keyframes) == (28_130, 6_019)
-    assert train.hours == pytest.approx((28_130 * 2.0 + 30.0) / 3600)
-    assert train.bytes == 2_813_000
+    assert train.hours == pytest.approx((frames * 10 / 17 + 30.0) / 3600)
+    assert train.bytes == pytest.approx(frames * 500 / 17, abs=1)
     assert train.peak_bytes == 1000 + 900
     # 1000 bytes of tables are held once, 900 by each process that makes logs.
     assert (train.memory(1), train.memory(4)) == (1900, 1000 + 4 * 900)
@@ -59,9 +61,17 @@ def test_sweeps_count_with_their_keyframe_and_tables_with_the_scenes():
     assert whole[0].peak_bytes == 1000  # never less than what was measured
 
 
+def test_keyframes_without_sweeps_before_them_are_the_frames():
+    train = FULL_SIZES[2]
+    assert Measured("nuscenes", 6, 6, 1, 1, 1.0, 1.0, logs=2).frames_of(train) == train.keyframes
+    assert Measured("nuscenes", 20, 2, 1, 1, 1.0, 1.0, logs=2).frames_of(train) == 10 * train.keyframes
+
+
 def test_published_sizes_add_up():
-    sizes = {(full.dataset, full.split): full.keyframes for full in FULL_SIZES}
-    assert sizes["nuscenes", "train"] + sizes["nuscenes", "val"] == 34_149
+    sizes = {(full.dataset, full.split): full for full in FULL_SIZES}
+    train, val = sizes["nuscenes", "train"], sizes["nuscenes", "val"]
+    assert (train.keyframes + val.keyframes, train.logs + val.logs) == (34_149, 850)
+    assert sum(full.logs for full in FULL_SIZES if full.dataset == "waymo") == 1_000
 
 
 @pytest.mark.parametrize("kind", ["waymo", "waymo-v2"])

@@ -8,6 +8,7 @@ import pytest
 
 from picture3d.datasets.augment import AugmentConfig
 from picture3d.datasets.frame_choice import select_keyframes
+from picture3d.datasets.mixing import open_sources
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.datasets.samples import DataConfig, load_sample
 from picture3d.errors import ConfigError, DataError
@@ -303,6 +304,20 @@ def test_every_nth_and_at_most_so_many_keyframes(tmp_path):
     assert keys(tmp_path, every=3) == ["l00/0", "l00/3", "l00/6", "l00/9"]
     assert keys(tmp_path, max_frames=3) in (["l00/0", "l00/4", "l00/9"], ["l00/0", "l00/5", "l00/9"])
     assert len(keys(tmp_path, max_frames=100)) == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "10 of 10 keyframes (every keyframe, 100 % of the labels)"),
+        ({"every": 5}, "2 of 10 keyframes (one keyframe in 5, 100 % of the labels)"),
+        ({"label_share": 0.5, "max_frames": 3}, "3 of 10 keyframes (every keyframe, 50 % of the labels, at most 3)"),
+    ],
+)
+def test_a_run_says_which_keyframes_it_takes(tmp_path, settings, expected):
+    write_many(tmp_path, 1, frames=10)
+    (source,) = open_sources(DataConfig(root=tmp_path, **settings), seed=0, train=True)
+    assert source.selection == f"{tmp_path.name}, split train: {expected}"
 
 
 def test_a_split_without_keyframes_is_refused(tmp_path):
