@@ -195,8 +195,9 @@ def main() -> None:
             write_long(folder / str(count), payloads, count)
         for codec in _CODECS:
             for count in (FEW, arguments.many):
-                kept = arguments.keep is not None and codec is PLANES and count == arguments.many
-                out = arguments.keep if kept else folder / f"out-{codec.kind}-{count}"
+                out: Path = folder / f"out-{codec.kind}-{count}"
+                if arguments.keep is not None and codec is PLANES and count == arguments.many:
+                    out = arguments.keep
                 found = alone(folder / str(count), out, str(codec))
                 dataset = PreparedDataset(out)
                 (log,) = dataset.logs()
