@@ -115,9 +115,9 @@ def curve(name: str, clouds: list[PointCloud]) -> list[str]:
     features = [teacher.cell_features(points).features.numpy() for points in clouds]
     cells = [derive_cells(points.xyz, teacher.quantisation) for points in clouds]
     voxels = [derive_cells(points.xyz, Quantisation("cartesian", VOXELS[name])) for points in clouds]
-    fit = BasisFit(teacher.dimension, len(clouds), np.random.default_rng(0))
-    for rows in features:
-        fit.add(rows)
+    fit = BasisFit(teacher.dimension, len(clouds), seed=0)
+    for number, rows in enumerate(features):
+        fit.add(fit.moments(number, rows))
     generator = torch.Generator().manual_seed(0)
     chosen = fit.principal()
     bases: list[tuple[str, FeatureBasis | FeatureCodec]] = [("float16", FeatureCodec.FLOAT16), ("int8", FeatureCodec.INT8)]

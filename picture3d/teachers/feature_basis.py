@@ -127,14 +127,24 @@ def basis_digest(basis: FeatureBasis) -> str:
     return f"{google_crc32c.value(repr(sorted(tree.items())).encode()):08x}"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FrameMoments:
+    """What a fit takes of one frame."""
+
+    rows: NDArray[np.int64]  # (), cells whose features are finite
+    sum: NDArray[np.float64]  # (D,) of those
+    products: NDArray[np.float64]  # (D, D) of their columns
+    kept: NDArray[np.float32]  # (k, D), some of them
+
+
 class BasisFit:
     """Adds frames up one by one; then gives a basis. The same frames in the same order give the same basis, bit for bit."""
 
-    def __init__(self, dimension: int, frames: int, rng: np.random.Generator) -> None:
+    def __init__(self, dimension: int, frames: int, seed: int) -> None:
         """Args:
         dimension: D.
         frames: how many will be added; each may keep its share of rows.
-        rng: draws those rows.
+        seed: of the draw of those rows.
 
         Raises:
             ConfigError: if D is so large that a basis would not be small.
@@ -145,22 +155,25 @@ class BasisFit:
                 "Take the codec int8 or float16."
             )
         self._share = max(_KEPT_VALUES // max(dimension * frames, 1), 1)
-        self._rng = rng
+        self._seed = seed
         self._rows = 0
         self._sum = np.zeros(dimension)
         self._products = np.zeros((dimension, dimension))
         self._kept: list[NDArray[np.float32]] = []
 
-    def add(self, features: NDArray[np.float32]) -> None:
-        """Adds the (M, D) features of a frame; rows that are not finite are left out."""
+    def moments(self, number: int, features: NDArray[np.float32]) -> FrameMoments:
+        """What is to be added of frame `number`, whose features are (M, D); rows that are not finite are left out."""
         features = features[np.isfinite(features).all(1)]
         wide = features.astype(np.float64)
-        self._rows += len(wide)
-        self._sum += wide.sum(0)
-        self._products += wide.T @ wide
-        # Drawn even where all are kept: what is drawn for later frames does not depend on it.
-        order = self._rng.permutation(len(features))[: self._share]
-        self._kept.append(features[np.sort(order)])
+        order = np.random.default_rng([self._seed, number]).permutation(len(features))[: self._share]
+        return FrameMoments(np.array(len(wide)), wide.sum(0), wide.T @ wide, features[np.sort(order)])
+
+    def add(self, frame: FrameMoments) -> None:
+        """Adds the moments of the next frame."""
+        self._rows += int(frame.rows)
+        self._sum += frame.sum
+        self._products += frame.products
+        self._kept.append(frame.kept)
 
     def principal(self, rank: int | None = None, wide: int | None = None) -> PrincipalBasis:
         """The principal components.

@@ -19,9 +19,10 @@ from picture3d.ops.kmeans import kmeans
 from picture3d.ops.quantize import quantise_points
 from picture3d.structures.frame import Frame
 from picture3d.structures.targets import FrameTargets
-from picture3d.teachers.feature_basis import MAX_FITTED_DIMENSION, BasisFit, FeatureBasis
+from picture3d.teachers.feature_basis import MAX_FITTED_DIMENSION, BasisFit, FeatureBasis, FrameMoments
 from picture3d.teachers.feature_codecs import FeatureCodec, encode_features, smallest_codec, stored_cosine
 from picture3d.teachers.protocol import Teacher
+from picture3d.teachers.shared_fit import forget_moments, moments_of_job
 from picture3d.teachers.store import (
     StoreSettings,
     cells_checksum,
@@ -197,10 +198,11 @@ def compute_targets(
     if codec not in CODECS:
         raise ConfigError(f"unknown codec '{codec}'; there are {', '.join(CODECS)}")
     folder = store_folder(dataset.root, teacher.name) if folder is None else folder
-    settings = StoreSettings.of(teacher, num_superclasses=num_superclasses, seed=seed, codec=codec)
-    settings = _claimed(folder, settings, lambda: _fitted_basis(dataset, dataset.keyframes(split), teacher, codec, seed))
+    wanted = StoreSettings.of(teacher, num_superclasses=num_superclasses, seed=seed, codec=codec)
+    keyframes = dataset.keyframes(split)
+    settings = _claimed(folder, wanted, lambda: _fitted_basis(dataset, keyframes, teacher, wanted, folder, share))
     keys: Mapping[str, list[FrameIndex]] = defaultdict(list)
-    for key in dataset.keyframes(split):
+    for key in keyframes:
         keys[key.log].append(key)
     rank, world = share
     every_log = list(dataset.logs(split))
@@ -267,8 +269,12 @@ def _claimed(folder: Path, settings: StoreSettings, fit: Callable[[], FeatureBas
 
     The basis of an earlier run is kept, so that all logs have the same; a store made without one goes on without.
     """
-    if not (folder / "teacher.json").exists():
-        replace(settings, basis=fit()).save(folder)
+    path = folder / "teacher.json"
+    if not path.exists():
+        basis = fit()
+        if not path.exists():  # by another process in the meantime
+            replace(settings, basis=basis).save(folder)
+    forget_moments(folder)
     # Read back also when it was written just now: of several processes, all take the basis of the first.
     stored = StoreSettings.load(folder)
     different = stored.differences(settings)
@@ -281,16 +287,34 @@ def _claimed(folder: Path, settings: StoreSettings, fit: Callable[[], FeatureBas
 
 
 def _fitted_basis(
-    dataset: KeyedFrames, keys: Sequence[FrameIndex], teacher: Teacher, codec: str, seed: int
+    dataset: KeyedFrames,
+    keys: Sequence[FrameIndex],
+    teacher: Teacher,
+    settings: StoreSettings,
+    folder: Path,
+    share: tuple[int, int],
 ) -> FeatureBasis | None:
-    """The basis that the codec needs: a pure function of the split's frames, the teacher and the seed."""
+    """The basis that the codec needs: a pure function of the split's frames, the teacher and the seed.
+
+    None, too, if another process of the job has written it by now.
+    """
+    codec, seed = settings.codec, settings.seed
     if codec in (FeatureCodec.FLOAT16, FeatureCodec.INT8) or (codec == "auto" and teacher.dimension > MAX_FITTED_DIMENSION):
         return None
     rng = np.random.default_rng([seed, teacher.dimension])
     chosen = np.sort(rng.permutation(len(keys))[:_FIT_FRAMES])
-    fit = BasisFit(teacher.dimension, len(chosen), rng)
-    for i in chosen:
-        fit.add(_cell_features(dataset.frame(keys[i], ()), teacher)[0].to("cpu", torch.float32).numpy())
+    fit = BasisFit(teacher.dimension, len(chosen), seed)
+
+    def moments(number: int) -> FrameMoments:
+        features, _ = _cell_features(dataset.frame(keys[chosen[number]], ()), teacher)
+        return fit.moments(number, features.to("cpu", torch.float32).numpy())
+
+    done = (folder / "teacher.json").exists
+    frames = moments_of_job(folder, settings.digest, len(chosen), moments, done, share)
+    if frames is None:
+        return None
+    for frame in frames:
+        fit.add(frame)
     if codec == FeatureCodec.PRODUCT:
         return fit.code_books(torch.Generator("cpu").manual_seed(int(rng.integers(1 << 62))))
     return fit.principal()

@@ -43,9 +43,9 @@ def made_features(rows: int, seed: int = 0, dimension: int = 20, rank: int = 6) 
 
 
 def fitted(frames: list[NDArray[np.float32]]) -> BasisFit:
-    fit = BasisFit(frames[0].shape[1], len(frames), np.random.default_rng(0))
-    for features in frames:
-        fit.add(features)
+    fit = BasisFit(frames[0].shape[1], len(frames), seed=0)
+    for number, features in enumerate(frames):
+        fit.add(fit.moments(number, features))
     return fit
 
 
@@ -177,7 +177,7 @@ def test_a_basis_comes_back_from_text_and_a_garbled_one_is_refused():
 
 def test_features_too_wide_for_a_basis_are_refused_and_auto_does_without(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"5000 channels.*int8 or float16"):
-        BasisFit(5000, 1, np.random.default_rng(0))
+        BasisFit(5000, 1, seed=0)
 
 
 def test_a_wrong_or_missing_basis_is_refused_in_words():

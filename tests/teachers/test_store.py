@@ -55,8 +55,8 @@ def test_int8_is_off_by_at_most_half_a_step_of_its_channel():
 @pytest.mark.parametrize("cells", [0, 1])
 def test_few_cells_and_zeros_are_stored(codec: FeatureCodec, cells: int):
     features = np.zeros((cells, 3), np.float32)
-    fit = BasisFit(3, 1, np.random.default_rng(0))
-    fit.add(features)
+    fit = BasisFit(3, 1, seed=0)
+    fit.add(fit.moments(0, features))
     basis = fit.code_books(torch.Generator()) if codec is FeatureCodec.PRODUCT else fit.principal()
     encoded = encode_features(features, codec, basis)
     read = decode_features(np.frombuffer(bytearray(encoded), np.uint8), codec, cells, 3, basis)
