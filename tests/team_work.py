@@ -253,7 +253,7 @@ class _Trouble:
 
 
 def _trouble(team: Team, out: Path, kind: str) -> None:
-    from picture3d.training.loop import TrainingConfig
+    from picture3d.training.plan import TrainingConfig
     from tests.training.tiny_task import Batches
 
     try:

@@ -20,7 +20,7 @@ from picture3d.structures.cylinder import CylinderGrid
 from picture3d.structures.voxels import VoxelGrid
 from picture3d.tasks.detection import DetectionTaskConfig
 from picture3d.tasks.segmentation import SegmentationTaskConfig
-from picture3d.training.loop import TrainingConfig
+from picture3d.training.plan import TrainingConfig
 
 Metres = tuple[float, float, float]
 

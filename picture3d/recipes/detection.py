@@ -16,8 +16,8 @@ from picture3d.recipes.configs import DetectionConfig
 from picture3d.recipes.pretraining import NUSCENES_PILLAR_GRID, WAYMO_GRID
 from picture3d.recipes.town import TOWN_GRID, town_encoder
 from picture3d.tasks.detection import DetectionTaskConfig
-from picture3d.training.loop import TrainingConfig
 from picture3d.training.optim import OptimConfig
+from picture3d.training.plan import TrainingConfig
 
 
 def town_detection(data: Path) -> DetectionConfig:

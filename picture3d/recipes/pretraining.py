@@ -16,8 +16,8 @@ from picture3d.recipes.configs import GridConfig, Metres, PretrainConfig, Target
 from picture3d.recipes.town import TOWN_GRID, town_encoder
 from picture3d.structures.cylinder import cylinder_cell_size
 from picture3d.teachers.handcrafted import COLUMNS
-from picture3d.training.loop import TrainingConfig
 from picture3d.training.optim import OptimConfig
+from picture3d.training.plan import TrainingConfig
 
 WAYMO_GRID = GridConfig(range_min=(-74.88, -74.88, -2.0), range_max=(74.88, 74.88, 4.0), voxel_size=(0.32, 0.32, 0.1875))
 NUSCENES_GRID = GridConfig(range_min=(-51.2, -51.2, -5.0), range_max=(51.2, 51.2, 3.0), voxel_size=(0.2, 0.2, 0.2))

@@ -11,8 +11,8 @@ from picture3d.recipes.configs import SegmentationConfig
 from picture3d.recipes.pretraining import NUSCENES_CYLINDER_GRID, NUSCENES_GRID, cylinder_crop
 from picture3d.recipes.town import TOWN_GRID, town_encoder
 from picture3d.tasks.segmentation import SegmentationTaskConfig
-from picture3d.training.loop import TrainingConfig
 from picture3d.training.optim import OptimConfig
+from picture3d.training.plan import TrainingConfig
 
 # One over the square root of each class's share of the points in training towns; class 0 is ignored.
 TOWN_CLASS_WEIGHTS = (0.0, 2.4, 3.2, 2.1, 1.6, 3.0, 2.9, 2.9, 4.5, 2.4, 3.2, 0.5, 1.5, 1.1, 1.4, 0.9, 0.9)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from picture3d.errors import CheckpointError
-from picture3d.files import replacing
+from picture3d.files import PARTIAL_SUFFIX, replacing
 
 _META_KEY = "picture3d"
 _STEP_NAME = re.compile(r"step_(\d+)\.safetensors")
@@ -207,11 +207,13 @@ def latest_checkpoint(folder: Path, *, log: Callable[[str], None] | None = None)
     return None
 
 
-def prune_checkpoints(folder: Path, keep_last: int) -> None:
-    """Removes all but the newest `keep_last` checkpoints, and what a killed process left half-written."""
-    for leftover in folder.glob(".step_*.tmp"):
+def prune_checkpoints(folder: Path, keep_last: int, *, best: int | None = None) -> None:
+    """Removes what a killed process left half-written, and checkpoints but for the newest `keep_last` and that of step `best`."""
+    for leftover in folder.glob(f"step_*{PARTIAL_SUFFIX}"):
         leftover.unlink(missing_ok=True)
     for step in checkpoint_steps(folder)[:-keep_last]:
+        if step == best:
+            continue
         checkpoint_path(folder, step).unlink(missing_ok=True)
 
 

@@ -28,6 +28,10 @@ class RunState:
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics
     window_steps: int = 0
     losses: dict[str, float] = field(default_factory=dict)  # of the last line of metrics
+    recent_loss: float = 0.0  # sum of "total" since the last judged checkpoint
+    recent_steps: int = 0
+    best_step: int | None = None  # of the judged checkpoint with the least mean loss since the one before
+    best_loss: float | None = None
 
     def meta(self) -> dict[str, Any]:
         """As JSON values. Numbers keep every bit: JSON writes the shortest decimals that read back the same."""

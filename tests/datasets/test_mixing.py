@@ -16,7 +16,8 @@ from picture3d.datasets.samples import DataConfig
 from picture3d.errors import ConfigError, DataError, TrainingError
 from picture3d.structures.frame import Frame
 from picture3d.structures.targets import FrameTargets
-from picture3d.training.loop import TrainingConfig, fit
+from picture3d.training.loop import fit
+from picture3d.training.plan import TrainingConfig
 from picture3d.training.runlog import RunFolder
 from tests.datasets.made_frames import made_frame, write_made_dataset
 from tests.datasets.object_scenes import box_points, boxes_of, cloud_of, frame_of, write_scenes

@@ -19,7 +19,8 @@ from picture3d.pretrain.losses import LossConfig
 from picture3d.pretrain.masking import MaskConfig
 from picture3d.pretrain.picture import Picture, PretrainTask, pretrain_step
 from picture3d.structures.batch import PointBatch
-from picture3d.training.loop import TrainingConfig, fit
+from picture3d.training.loop import fit
+from picture3d.training.plan import TrainingConfig
 from picture3d.training.runlog import RunFolder
 from tests.pretrain.test_picture import BACKBONE, GRID, generator, random_batch
 

@@ -19,7 +19,8 @@ from picture3d.pretrain.masking import MaskConfig
 from picture3d.pretrain.picture import Picture, PretrainStep, PretrainTask, pretrain_step
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.voxels import VoxelGrid
-from picture3d.training.loop import Task, TrainingConfig, fit
+from picture3d.training.loop import fit
+from picture3d.training.plan import Task, TrainingConfig
 from picture3d.training.runlog import RunFolder
 from tests.golden_weights import golden_weight_seed, openpcdet_state
 from tests.sample_data import golden_dir, golden_files

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from picture3d.errors import CheckpointError, DataError
+from picture3d.files import PARTIAL_SUFFIX
 from picture3d.training.checkpoint import (
     checkpoint_path,
     checkpoint_steps,
@@ -118,12 +119,16 @@ def test_the_newest_whole_checkpoint_is_found_and_torn_ones_are_told(tmp_path: P
     assert latest_checkpoint(tmp_path / "absent") is None
 
 
-def test_only_the_last_checkpoints_are_kept(tmp_path: Path):
+def test_only_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path):
     for step in (1, 2, 3, 4):
         save_checkpoint(checkpoint_path(tmp_path, step), {"a": torch.ones(1)}, {})
-    (tmp_path / ".step_00000009.safetensors.tmp").write_bytes(b"left by a killed process")
-    prune_checkpoints(tmp_path, 2)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step_00000003.safetensors", "step_00000004.safetensors"]
+    half = tmp_path / f"{checkpoint_path(tmp_path, 9).name}{PARTIAL_SUFFIX}"
+    half.write_bytes(b"left by a process that was killed while it wrote")
+    prune_checkpoints(tmp_path, 2, best=1)
+    assert checkpoint_steps(tmp_path) == [1, 3, 4]
+    assert len(list(tmp_path.iterdir())) == 3
+    prune_checkpoints(tmp_path, 2, best=4)
+    assert checkpoint_steps(tmp_path) == [3, 4]
 
 
 def network(width: int = 4) -> nn.Module:

@@ -21,9 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 from picture3d.errors import ConfigError, TrainingError
 from picture3d.structures.batch import PointBatch
 from picture3d.training.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
-from picture3d.training.loop import FitResult, Task, TrainingConfig, batch_seed, fit
+from picture3d.training.loop import FitResult, fit
 from picture3d.training.optim import OptimConfig, learning_rate
+from picture3d.training.plan import Task, TrainingConfig
 from picture3d.training.runlog import RunFolder
+from picture3d.training.step import batch_seed
 from tests.training.tiny_task import Batches, MeanTask, TinyTask, batch
 
 CONFIG = TrainingConfig(epochs=3, max_steps=10, checkpoint_every=3, log_every=3, seed=7)
@@ -176,6 +178,39 @@ def test_a_torn_checkpoint_is_passed_over_with_a_line_in_the_log(tmp_path: Path)
     assert "passed over a checkpoint" in log
     assert newest.name in log
     assert "resumed from step_00000006" in log
+
+
+class MoodyTask(TinyTask):
+    """Its loss is least in steps 4 to 6 of 10."""
+
+    def loss(self, batch: PointBatch, generator: torch.Generator) -> Mapping[str, Tensor]:
+        number = int(batch.frame_names[0].removeprefix("log/"))
+        step = number // 1000 * 4 + number % 1000 + 1
+        return {"total": (0.01 if 4 <= step <= 6 else 1.0) * super().loss(batch, generator)["total"]}
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_best_checkpoint_is_kept_besides_the_last_also_by_a_resumed_run(tmp_path: Path, interrupted: bool):
+    config = CONFIG.model_copy(update={"keep_last": 1})
+    if interrupted:
+        task = MoodyTask()
+        plain, calls = task.loss, iter(range(1, 99))
+
+        def loss(batch: PointBatch, generator: torch.Generator) -> Mapping[str, Tensor]:
+            if next(calls) == 8:
+                os.kill(os.getpid(), signal.SIGINT)
+            return plain(batch, generator)
+
+        task.loss = loss
+        with pytest.raises(KeyboardInterrupt):
+            train(task, tmp_path, config)
+        assert checkpoint_steps(tmp_path / "checkpoints") == [6, 8]
+    train(MoodyTask(), tmp_path, config, resume=True)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [6, 10]
+    rows = metrics(tmp_path)
+    summary = RunFolder(tmp_path).summary()
+    assert summary["best_step"] == 6
+    assert summary["best_loss"] == pytest.approx(rows[1]["losses"]["total"])  # logged every three steps, too
 
 
 def test_an_unfinished_run_is_not_overwritten_unless_resumed(tmp_path: Path):
