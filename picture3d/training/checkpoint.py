@@ -208,7 +208,7 @@ def latest_checkpoint(folder: Path, *, log: Callable[[str], None] | None = None)
 
 
 def prune_checkpoints(folder: Path, keep_last: int, *, best: int | None = None) -> None:
-    """Removes what a killed process left half-written, and checkpoints but for the newest `keep_last` and that of step `best`."""
+    """Removes all checkpoints but the newest `keep_last` and the `best` step's, and what a killed process left half-written."""
     for leftover in folder.glob(f"step_*{PARTIAL_SUFFIX}"):
         leftover.unlink(missing_ok=True)
     for step in checkpoint_steps(folder)[:-keep_last]:
