@@ -1,15 +1,13 @@
 """One ``Frame`` of the Waymo Open Dataset v1.x (perception), read by field number: LiDARs, labels and poses, no images.
 
 Source: the field numbers of waymo-open-dataset's dataset.proto (Frame, Context, LaserCalibration, Laser, RangeImage, the
-matrices, Transform, Polygon2dProto) and label.proto (Label). Fields that are not named here are stepped over without being
-read, those of newer versions too. The zlib streams of a frame are inflated one at a time, when they are asked for, and never
-beyond the largest range image that is believed.
+Transform, Polygon2dProto) and label.proto (Label). Fields that are not named here are stepped over without being read, those
+of newer versions too. Range images stay compressed (`waymo_matrix`) until they are asked for, one at a time.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -19,15 +17,11 @@ from numpy.typing import NDArray
 
 from picture3d.errors import DataError
 from picture3d.formats.protobuf_wire import Field, Reader
+from picture3d.formats.waymo_matrix import read_pixel_poses, read_range_image, read_segmentation
 from picture3d.structures.poses import Pose
 
 TOP, FRONT, SIDE_LEFT, SIDE_RIGHT, REAR = 1, 2, 3, 4, 5
 LASER_NAMES = {TOP: "TOP", FRONT: "FRONT", SIDE_LEFT: "SIDE_LEFT", SIDE_RIGHT: "SIDE_RIGHT", REAR: "REAR"}
-RANGE_CHANNELS, POSE_CHANNELS, SEGMENTATION_CHANNELS = 4, 6, 2
-# The real ones are 64 x 2650 and 200 x 600; a range image that claims more is not inflated.
-MAX_PIXELS = 1 << 19
-_MAX_VARINT_BYTES = 10
-_MATRIX_SLACK = 64  # keys, lengths and the shape beside the numbers of a matrix
 # Transforms are rotations to float32 or better; what is farther off is another matrix.
 _RIGID_TOLERANCE = 1e-3
 _BOX_NUMBERS = 7
@@ -178,89 +172,6 @@ def read_frame(data: bytes | memoryview, where: str = "frame") -> WaymoFrame:
         what = "context name (1.1)" if not context else "timestamp (2)" if timestamp is None else "pose (3)"
         raise DataError(f"{where}: holds no {what}; this is not a Frame of the Waymo Open Dataset v1.x.")
     return WaymoFrame(context, timestamp, pose, calibrations, lasers, _labels(reader, labels), tuple(zones))
-
-
-def read_range_image(stream: memoryview, where: str) -> NDArray[np.float32]:
-    """(H, W, 4) float32: range in metres, intensity, elongation, 1 in a no-label zone; range <= 0 where nothing returned.
-
-    Raises:
-        DataError: (naming `where`) if it is not such a matrix, or larger than is believed; see :func:`read_frame`.
-    """
-    return _float_matrix(stream, RANGE_CHANNELS, where)
-
-
-def read_pixel_poses(stream: memoryview, where: str) -> NDArray[np.float32]:
-    """(H, W, 6) float32: roll, pitch, yaw in radians and x, y, z in metres of the vehicle in the global frame, per pixel.
-
-    Raises:
-        DataError: as :func:`read_range_image`.
-    """
-    return _float_matrix(stream, POSE_CHANNELS, where)
-
-
-def read_segmentation(stream: memoryview, where: str) -> NDArray[np.int64]:
-    """(H, W, 2) int64: instance id and class of segmentation.proto, per pixel.
-
-    Raises:
-        DataError: as :func:`read_range_image`.
-    """
-    message = inflate(stream, MAX_PIXELS * SEGMENTATION_CHANNELS * _MAX_VARINT_BYTES + _MATRIX_SLACK, where)
-    reader = Reader(message, where)
-    pieces, shape = _matrix(reader, SEGMENTATION_CHANNELS)
-    return _joined([reader.integers(piece) for piece in pieces], np.dtype(np.int64), shape, where)
-
-
-def inflate(stream: memoryview, max_bytes: int, where: str) -> bytes:
-    """The content of a zlib stream, if it has at most `max_bytes`; no more than that is ever inflated.
-
-    Raises:
-        DataError: (naming `where`) if it has more, is cut off, is followed by something, or is no zlib stream.
-    """
-    inflator = zlib.decompressobj()
-    try:
-        content = inflator.decompress(stream, max_bytes + 1)
-    except zlib.error as error:
-        raise DataError(f"{where}: is not a zlib stream ({error}); the file is damaged, fetch it again.") from None
-    if len(content) > max_bytes:
-        raise DataError(
-            f"{where}: inflates to more than the {max_bytes} bytes it may have and was not read; do not trust the file."
-        )
-    if not inflator.eof or inflator.unused_data:
-        raise DataError(f"{where}: the zlib stream of {len(stream)} bytes does not end where it should; fetch the file again.")
-    return content
-
-
-def _float_matrix(stream: memoryview, channels: int, where: str) -> NDArray[np.float32]:
-    reader = Reader(inflate(stream, MAX_PIXELS * channels * 5 + _MATRIX_SLACK, where), where)
-    pieces, shape = _matrix(reader, channels)
-    return _joined([reader.floats(piece) for piece in pieces], np.dtype(np.float32), shape, where)
-
-
-def _matrix(reader: Reader, channels: int) -> tuple[list[Field], tuple[int, int, int]]:
-    """The fields that hold the numbers of a matrix, and its shape."""
-    pieces: list[Field] = []
-    dims: list[int] = []
-    for field in reader.fields():
-        if field.number == 1:
-            pieces.append(field)
-        elif field.number == 2:
-            for inner in reader.message(field):
-                if inner.number == 1:
-                    # A shape has three sides; a message full of them is refused below without being joined.
-                    dims += reader.integers(inner)[:4].tolist() if len(dims) < 4 else []
-    if len(dims) != 3 or dims[2] != channels or min(dims) < 1 or dims[0] * dims[1] > MAX_PIXELS:
-        raise DataError(
-            f"{reader.where}: has shape {tuple(dims)}, expected (rows, columns, {channels}) of at most {MAX_PIXELS} pixels."
-        )
-    return pieces, (dims[0], dims[1], dims[2])
-
-
-def _joined(pieces: list[NDArray], dtype: np.dtype, shape: tuple[int, int, int], where: str) -> NDArray:
-    # Packed data are one piece and are not copied.
-    values = pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, dtype), *pieces])
-    if values.size != math.prod(shape):
-        raise DataError(f"{where}: holds {values.size} numbers, its shape {shape} needs {math.prod(shape)}.")
-    return values.reshape(shape)
 
 
 def _context(reader: Reader, field: Field) -> tuple[str, dict[int, LaserCalibration]]:

@@ -25,16 +25,13 @@ from picture3d.errors import DataError
 from picture3d.formats.parquet import open_parquet, read_parquet, refuse_absurd, rows_of
 from picture3d.formats.waymo_frame import (
     LASER_NAMES,
-    MAX_PIXELS,
-    POSE_CHANNELS,
-    RANGE_CHANNELS,
-    SEGMENTATION_CHANNELS,
     LaserCalibration,
     LaserLabels,
     LaserReturn,
     WaymoFrame,
     pose_of_numbers,
 )
+from picture3d.formats.waymo_matrix import MAX_PIXELS, POSE_CHANNELS, RANGE_CHANNELS, SEGMENTATION_CHANNELS
 from picture3d.structures.poses import Pose
 
 SUFFIX = ".parquet"

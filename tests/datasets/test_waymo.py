@@ -23,6 +23,7 @@ from picture3d.datasets.waymo import frame_of_waymo, prepare_waymo, segment_file
 from picture3d.datasets.waymo_v2 import waymo_version
 from picture3d.errors import DataError
 from picture3d.formats.columns import PLANES, Codec, CodecKind, encode
+from picture3d.formats.protobuf_wire import write_data, write_double, write_integer
 from picture3d.formats.tfrecord import RecordWriter, read_records, record_lengths
 from picture3d.formats.waymo_frame import read_frame
 from picture3d.structures.frame import Frame
@@ -307,6 +308,45 @@ def test_damage_inside_a_frame_names_file_record_and_lidar(three, tmp_path):
     offset = [offset for offset, _ in read_records(path)][1]
     (why,) = prepare_waymo(three, tmp_path / "out").set_aside
     assert f"{path}, record 1 at byte {offset}, LiDAR FRONT, return 1, range image: has shape" in why
+
+
+# What a version adds to a frame: z of speed and acceleration and points of the TOP LiDAR (1.3), the box as the cameras saw it
+# (labels, 11 and 12, 1.3), classes of the TOP LiDAR's points (1.4.0), the map and its offset (frame, 10 and 11, 1.4.2).
+_VERSIONS = {"1.2": 0, "1.3": 1, "1.4.0": 2, "1.4.3": 3}
+
+
+def frame_of_version(version: str) -> Frame:
+    added = _VERSIONS[version]
+    rng = np.random.default_rng(12)
+    made = small_frame(rng)
+    box = b"".join(write_double(i, 1.0) for i in range(1, 8))
+    bare = [
+        write_data(1, b"".join(write_double(i, v) for i, v in enumerate((10, 2, 1, 2, 4, 1.5, 0.3), 1)))
+        + write_data(2, b"".join(write_double(i, v) for i, v in enumerate((3, 4, 0, 0, 5, 6)[: 6 if added else 4], 1)))
+        + write_integer(3, kind) + write_data(4, name.encode()) + write_integer(7, 7)
+        for kind, name in ((1, "a"), (2, "b"))
+    ]  # fmt: skip
+    new = write_integer(13, 6) + write_data(11, b"FRONT") + write_data(12, box)
+    made.labels = [part + new for part in bare] if added else bare
+    top, poses = image_of(rng, 4, 6, 0.7), np.zeros((4, 6, 6), np.float32)
+    classes = integers(rng.integers(1, 23, (4, 6, 2))) if added >= 2 else b""
+    made.lasers = [laser(1, echo(floats(top), floats(poses), classes, camera=b"not read"), echo(floats(top)))]
+    made.extra = write_data(10, b"\x08\x07" * 99) + write_data(11, write_double(1, 5.0)) if added >= 3 else b""
+    frame, lost = frame_of_waymo(read_frame(made.bytes()), "segment", 0, version)
+    assert lost == 0
+    return frame
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.3", "1.4.0"])
+def test_a_frame_means_the_same_in_every_version_of_v1_that_has_it(version):
+    older = frame_of_version(version)
+    stored, newest = (columns_of(frame, version) for frame in (older, frame_of_version("1.4.3")))
+    assert newest.keys() - stored.keys() == (set() if version == "1.4.0" else {"labels", "instances"})
+    for name, column in stored.items():
+        assert np.array_equal(column, newest[name]), name
+    assert older.boxes is not None
+    assert older.boxes.num_points.tolist() == [7, 7]
+    np.testing.assert_allclose(older.boxes.velocity, [[3, 4], [3, 4]])
 
 
 def test_if_no_log_can_be_read_there_is_no_dataset(three, tmp_path, monkeypatch, capsys):

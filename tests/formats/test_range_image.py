@@ -7,7 +7,8 @@ import pytest
 
 from picture3d.errors import DataError
 from picture3d.formats.range_image import points_of_range_image
-from picture3d.formats.waymo_frame import read_frame, read_pixel_poses, read_range_image
+from picture3d.formats.waymo_frame import read_frame
+from picture3d.formats.waymo_matrix import read_pixel_poses, read_range_image
 from picture3d.structures.poses import Pose
 from tests.made_waymo import Made, calibration, echo, floats, image_of, integers, laser, random_pose, streams_of
 from tests.waymo_reference import SHAPES, Message, rotation_of, vehicle_points

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from picture3d.errors import DataError
-from picture3d.formats import waymo_frame
 from picture3d.formats.protobuf_wire import write_data, write_double, write_float, write_integer
 from picture3d.formats.tfrecord import read_records
-from picture3d.formats.waymo_frame import inflate, read_frame, read_pixel_poses, read_range_image, read_segmentation
+from picture3d.formats.waymo_frame import read_frame
+from picture3d.formats.waymo_matrix import MAX_PIXELS, inflate, read_pixel_poses, read_range_image, read_segmentation
 from tests.made_waymo import (
     Made,
     calibration,
@@ -250,7 +250,7 @@ def test_a_zlib_bomb_is_not_inflated(read: Callable[[memoryview, str], np.ndarra
 
 
 def test_the_largest_image_that_is_believed_is_read_and_the_bound_is_exact():
-    values = np.zeros((1024, waymo_frame.MAX_PIXELS // 1024, 4), np.float32)
+    values = np.zeros((1024, MAX_PIXELS // 1024, 4), np.float32)
     assert read_range_image(memoryview(floats(values)), "").shape == values.shape
     assert inflate(memoryview(zlib.compress(b"12345")), 5, "") == b"12345"
     with pytest.raises(DataError, match="more than the 4 bytes"):

@@ -12,6 +12,7 @@ import numpy as np
 from nuscenes import NuScenes
 from nuscenes.utils.data_classes import LidarPointCloud
 from nuscenes.utils.geometry_utils import points_in_box
+from nuscenes.utils.splits import create_splits_scenes
 from pyquaternion import Quaternion
 
 
@@ -127,6 +128,7 @@ def main() -> None:
         "standing": sum(v < 0.2 for v in velocity if np.isfinite(v)),
         "maps": masks,
         "shared_cells": check_sweeps(nusc),
+        "splits": create_splits_scenes(),
         **check_boxes(nusc),
     }
     sys.stdout.write("\nANSWER " + json.dumps(answer) + "\n")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from picture3d.datasets.nuscenes_splits import official_split
 from picture3d.formats.lidarseg_categories import LIDARSEG_CATEGORIES
 from picture3d.synthetic.nuscenes_writer import write_nuscenes
 
@@ -33,6 +34,18 @@ def answer(tmp_path_factory) -> dict[str, Any]:
 def test_the_devkit_loads_the_tables_and_every_chain_is_whole(answer):
     assert answer["scenes"] == ["scene-0001", "scene-0002"]
     assert answer["points"] == answer["lidarseg_points"] > 6 * 20_000
+
+
+@pytest.mark.parametrize(
+    ("version", "devkits", "ours", "scenes"),
+    [
+        ("v1.0-trainval", "train", "train", 700), ("v1.0-trainval", "val", "val", 150), ("v1.0-test", "test", "test", 150),
+        ("v1.0-mini", "mini_train", "train", 8), ("v1.0-mini", "mini_val", "val", 2),
+    ],
+)  # fmt: skip
+def test_every_scene_is_in_the_split_of_the_devkits_lists(answer, version, devkits, ours, scenes):
+    assert len(answer["splits"][devkits]) == scenes
+    assert {official_split(version, scene) for scene in answer["splits"][devkits]} == {ours}
 
 
 def test_the_devkits_category_indices_are_the_official_ones(answer):
