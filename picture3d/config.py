@@ -29,7 +29,9 @@ class FrozenConfig(BaseModel):
         for assignment in assignments:
             dotted, equals, text = assignment.partition("=")
             if not equals:
-                raise ConfigError(f"--set {assignment}: expected key=value, for example --set training.batch_size=4")
+                raise ConfigError(
+                    f"--set {assignment}: not of the form key=value. Write for example --set training.batch_size=4"
+                )
             _assign(tree, dotted.strip(), _parse(text), known=sorted(_leaf_paths(self.model_dump(mode="json"))))
         return type(self).from_tree(tree)
 
@@ -68,13 +70,20 @@ def read_config_tree(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
+        raise ConfigError(f"{path}: no such config file. Check the name.") from None
     except OSError as error:
-        raise ConfigError(f"{path}: this config file cannot be read ({error.strerror or error})") from None
+        raise ConfigError(
+            f"{path}: this config file cannot be read ({error.strerror or error}). Look at its permissions and the disk."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a JSON config file ({error})") from None
+        raise ConfigError(
+            f"{path}: not a JSON config file ({error}). Write it as `picture3d recipes NAME` prints one."
+        ) from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a config file holds one JSON object, found {type(tree).__name__}")
+        raise ConfigError(
+            f"{path}: a config file holds one JSON object, found {type(tree).__name__}. Write it as `picture3d recipes NAME` "
+            "prints one."
+        )
     return tree
 
 
@@ -111,7 +120,7 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any, known: list[str]) -> 
         node = node.get(parent) if isinstance(node, dict) else None
     if not isinstance(node, dict) or leaf not in node:
         guess = nearest(dotted, known)
-        hint = f" Did you mean '{guess}'?" if guess else f" Known keys: {', '.join(known[:12])}, ..."
+        hint = f" Did you mean '{guess}'?" if guess else f" Choose one of {', '.join(known[:12])}, ..."
         raise ConfigError(f"unknown key '{dotted}'.{hint}")
     node[leaf] = value
 
@@ -128,7 +137,8 @@ def _explain(cls: type[BaseModel], error: ValidationError, source: str) -> str:
             given = item.get("input")
             got = "" if isinstance(given, dict | BaseModel) else f" (got {given!r})"
             lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}{got}")
-    return f"{source}: " + "; ".join(lines)
+    told = "; ".join(lines)
+    return f"{source}: {told}{'' if told.endswith('?') else '.'} Correct it there, or with --set KEY=VALUE."
 
 
 def _field_names(cls: type[BaseModel]) -> set[str]:

@@ -19,3 +19,8 @@ class CheckpointError(Picture3dError):
 
 class TrainingError(Picture3dError):
     """A run cannot go on, for example because a loss is not finite."""
+
+
+# What several readers advise about a damaged file: one that somebody publishes, and one that the user or a tool wrote.
+FETCH_AGAIN = "Copy or download the file again."
+WRITE_AGAIN = "Write the file again, or copy it whole."

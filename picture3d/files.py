@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 from picture3d.errors import ConfigError, DataError
 
 PARTIAL_SUFFIX = ".partial"
+_NEVER_NS = 0  # a time of change that says that nobody has written to a file
 # A Path keeps one of the two slashes. A drive letter of Windows is one letter.
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+(.*)$", re.DOTALL)
 
@@ -26,17 +28,26 @@ def replacing(path: Path, mark: str = "") -> Iterator[Path]:
     """Yields a temporary name beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
     The temporary name is ``<path><mark>.partial``; a left-over of a killed run is overwritten, an error removes it and leaves
-    what stood at `path` before. The data and the folder are synced, so after the block the file survives a power cut.
+    what stood at `path` before. The data and the folder are synced, so after the block the file survives a power cut. While the
+    block runs the temporary file is locked, so that two processes never write into each other's.
 
     Raises:
-        DataError: if the folder cannot be written or the disk is full.
+        DataError: if the folder cannot be written, the disk is full, or another process is writing the same file.
     """
     refuse_url(path)
     partial = path.with_name(path.name + mark + PARTIAL_SUFFIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _own(partial)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    if handle is None:
+        raise DataError(f"{path}: another process is writing this file. Wait for it, or choose another name.")
+    try:
         yield partial
         with partial.open("rb+") as file:
+            if os.fstat(file.fileno()).st_mtime_ns == _NEVER_NS:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(partial))
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
@@ -46,6 +57,8 @@ def replacing(path: Path, mark: str = "") -> Iterator[Path]:
     except BaseException:
         _remove(partial)
         raise
+    finally:
+        _disown(handle)
 
 
 @contextmanager
@@ -130,7 +143,10 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     """
     tree = _parse_json(data, where)
     if not isinstance(tree, dict):
-        raise DataError(f"{where}: expected one JSON object, found {type(tree).__name__}. The file is not what its name says.")
+        raise DataError(
+            f"{where}: expected one JSON object, found {type(tree).__name__}. Check that this is the right file, or write it "
+            "again."
+        )
     return tree
 
 
@@ -153,13 +169,18 @@ def read_bounded(path: Path, *, max_bytes: int) -> bytes:
         with path.open("rb") as file:
             # Not the bound itself: a buffer of that size would be made for the smallest file.
             data = file.read(min(max_bytes, max(os.fstat(file.fileno()).st_size, 1 << 16)) + 1)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file.") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise unreadable(path, error) from error
     if len(data) > max_bytes:
-        raise DataError(f"{path}: more than the {max_bytes} bytes such a file may have. It was not used.")
+        raise DataError(f"{path}: more than the {max_bytes} bytes such a file may have. Check that this is the right file.")
     return data
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """What to raise where the system does not give a file: it is not there, or it or its disk refuses."""
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path}: no such file. Check the name, and the folder it should be in.")
+    return DataError(f"{path}: cannot be read ({error.strerror or error}). Check its permissions and the disk it lies on.")
 
 
 def split_url(path: Path | str) -> tuple[str, str] | None:
@@ -251,6 +272,33 @@ def sole_writer(folder: Path, *, share: tuple[int, int] = (0, 1)) -> Iterator[No
         if made:
             with suppress(OSError):  # a folder that nothing was written to was made for the lock alone
                 place.rmdir()
+
+
+def _own(path: Path) -> int | None:
+    """Opens the file, made if need be, and locks it; None if another process holds it. Without locks it is only opened."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+        try:
+            held = _hold(handle, shared=False)
+        except (ImportError, OSError):  # no locks here
+            return handle
+        # The one that held it may have given the file its name, or removed it, between opening and locking.
+        with suppress(OSError):
+            if held and os.path.samestat(os.fstat(handle), os.stat(path)):
+                os.ftruncate(handle, 0)
+                os.utime(path, ns=(_NEVER_NS, _NEVER_NS))  # opening it to write sets the time, even if nothing follows
+                return handle
+        os.close(handle)
+        if not held:
+            return None
+
+
+def _disown(handle: int) -> None:
+    with suppress(ImportError, OSError):  # a process forked in the meantime keeps the file open, and would keep the lock
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
 
 
 def _unlock(folder: Path, handles: list[tuple[str, int | None]], world: int) -> None:

@@ -70,7 +70,7 @@ def test_version(monkeypatch, capsys):
         ("pretrain --out {0}/run --data {0} --recipe waymo", "Did you mean 'waymo-picture"),
         ("pretrain --out {0}/run --data {0} --set training.batchsize=3", "Did you mean 'training.batch_size'?"),
         ("pretrain --out {0}/run --data {0} --set training.batch_size=three", "training.batch_size: "),
-        ("pretrain --out {0}/run --data {0} --set grid.voxel_size=[0.7,0.4,0.5]", "not a whole number. range_max x = "),
+        ("pretrain --out {0}/run --data {0} --set grid.voxel_size=[0.7,0.4,0.5]", "not a whole number. Set range_max x = "),
         ("pretrain --out {0}/run --data {0} --set targets.mode=none", "set it to 0"),
         ("pretrain --out {0}/run", "--data FOLDER"),
         ("pretrain --out {0}/run --config {0}/none.json", "no such config file"),

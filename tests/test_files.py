@@ -67,6 +67,47 @@ def test_a_name_to_write_to_takes_its_place_and_a_name_that_was_not_written_is_a
     assert path.read_bytes() == b"abc"
 
 
+def test_a_file_that_another_writes_is_left_to_it(tmp_path):
+    path = tmp_path / "a.bin"
+    with whole_file(path) as file:
+        file.write(b"first")
+        with pytest.raises(DataError, match=r"a\.bin: another process is writing this file\. Wait"), whole_file(path) as second:
+            second.write(b"second")
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_an_empty_file_that_was_meant_is_written_over_what_a_killed_run_left(tmp_path):
+    (tmp_path / "a.bin.partial").write_bytes(b"left over")
+    with whole_file(tmp_path / "a.bin"):
+        pass
+    assert (tmp_path / "a.bin").read_bytes() == b""
+
+
+def test_many_processes_that_write_one_file_leave_one_of_theirs(tmp_path):
+    """Each writes its own number many times over, again and again; whatever is there at the end is one number alone."""
+    path = tmp_path / "a.txt"
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom picture3d.errors import DataError\nfrom picture3d.files import whole_file\n"
+        "wrote = 0\n"
+        "while wrote < 20:\n"
+        "    try:\n"
+        "        with whole_file(Path(sys.argv[1])) as file:\n"
+        "            for _ in range(20):\n"
+        "                file.write(sys.argv[2].encode() * 1000)\n"
+        "                file.flush()\n"
+        "        wrote += 1\n"
+        "    except DataError as error:\n"
+        "        assert 'another process' in str(error), error\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), str(number)]) for number in range(3)]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    text = path.read_text()
+    assert len(text) == 20_000
+    assert len(set(text)) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
 def test_text_is_utf8_and_lines_are_added_at_the_end(tmp_path):
     write_text(tmp_path / "a", "é\n")
     append_line(tmp_path / "a", "ü")

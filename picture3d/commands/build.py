@@ -151,8 +151,8 @@ def build_teacher(name: str, weights: Path | None, device: torch.device) -> Teac
 
             if weights is None:
                 raise ConfigError(
-                    "the minkunet teacher needs a checkpoint: --weights FILE. Where to get one: docs/teachers.md. "
-                    "The town teacher needs no download."
+                    "the minkunet teacher needs a checkpoint: --weights FILE. Where to get one: docs/teachers.md. The town "
+                    "teacher needs no download. Give --weights FILE, or take --teacher town."
                 )
             return load_minkunet_teacher(weights, device=device)
         case "handcrafted":
@@ -164,7 +164,7 @@ def build_teacher(name: str, weights: Path | None, device: torch.device) -> Teac
         case "encoder":
             if weights is None:
                 raise ConfigError(
-                    "the teacher encoder is a finished run of this package: name its folder or checkpoint with --weights RUN"
+                    "the teacher encoder is a finished run of this package. Name its folder or checkpoint: --weights RUN"
                 )
             return _encoder_teacher(weights, device)
         case "ema":
@@ -174,7 +174,7 @@ def build_teacher(name: str, weights: Path | None, device: torch.device) -> Teac
                 "encoder."
             )
         case _:
-            raise ConfigError(f"no teacher is called '{name}'; there are town, handcrafted, minkunet and encoder")
+            raise ConfigError(f"no teacher is called '{name}'. Choose one of town, handcrafted, minkunet and encoder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,4 +262,7 @@ def run_config_of(tree: dict[str, Any], source: str) -> RunConfig:
         case "detection":
             return DetectionConfig.from_tree(tree, source=source)
         case other:
-            raise ConfigError(f"{source}: not the config of a run (its kind is {other!r})")
+            raise ConfigError(
+                f"{source}: not the config of a run (its kind is {other!r}). Name a run folder of `pretrain` or `finetune`, or "
+                "its config.json."
+            )

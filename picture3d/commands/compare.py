@@ -187,8 +187,8 @@ def compare_encoders(
             moments.add(*layers)
         except ValueError as error:
             raise CheckpointError(
-                f"{first} and {second} cannot be compared on {', '.join(seen[0].frame_names)}: {error}. Has one of the runs "
-                "diverged? Its metrics.jsonl tells"
+                f"{first} and {second} cannot be compared on {', '.join(seen[0].frame_names)}: {error}. Look into their "
+                "metrics.jsonl: has one of the runs diverged?"
             ) from None
         if progress is not None:
             progress(index + 1, sweeps[0].steps_per_epoch)

@@ -38,7 +38,7 @@ def synth(
         second = layout == "waymo-v2"
         return _synth_waymo(out, second, scenes=scenes, frames=keyframes, val_scenes=val_scenes, seed=seed, processes=processes)
     if layout != "nuscenes":
-        raise ConfigError(f"--format {layout}: the town can be written as nuscenes, waymo or waymo-v2.")
+        raise ConfigError(f"--format {layout}: no such format. Choose nuscenes, waymo or waymo-v2.")
     version = "v1.0-mini" if version is None else version
     from picture3d.synthetic.nuscenes_writer import write_nuscenes
 

@@ -106,7 +106,9 @@ def data_info(folder: Path, *, as_json: bool, picture: Path | None, frame: int) 
     if picture is not None:
         keys = dataset.keyframes()
         if not 0 <= frame < len(keys):
-            raise DataError(f"{folder}: there is no keyframe {frame}; it has {len(keys)}")
+            raise DataError(
+                f"{folder}: there is no keyframe {frame} (it has {len(keys)}, counted from 0). Choose a smaller --frame"
+            )
         info["picture"] = str(_draw(dataset, keys[frame], picture))
     return json.dumps(info) if as_json else _info_text(info)
 

@@ -55,5 +55,5 @@ def objects(
 def _interval(text: str) -> tuple[str, int]:
     name, equals, number = text.partition("=")
     if not equals or not number.isdecimal():
-        raise ConfigError(f"--every {text}: expected CLASS=N, for example --every Vehicle=4")
+        raise ConfigError(f"--every {text}: not of the form CLASS=N. Write for example --every Vehicle=4")
     return name, int(number)

@@ -114,7 +114,10 @@ class _Network:
                 self.task = build_segmentation(config, device)
                 self.classes = ()
             case PretrainConfig():
-                raise ConfigError(f"{run}: is a pre-training; predict needs a fine-tuned network (`picture3d finetune`).")
+                raise ConfigError(
+                    f"{run}: is a pre-training; predict needs a fine-tuned network. Run `picture3d finetune` "
+                    "with it as --encoder, and name that run."
+                )
         load_into(self.task.module, load_weights(run).tensors)
         self.run, self.config, self.device = run, config, device
         self.label_set: LabelSet | None = None
@@ -304,7 +307,7 @@ def _format(out: Path, wanted: str | None) -> PredictionFormat:
     for kind in _WRITERS:
         if kind == wanted:
             return kind
-    raise ConfigError(f"no format is called '{wanted}'; there are {', '.join(_WRITERS)}")
+    raise ConfigError(f"no format is called '{wanted}'. Choose one of {', '.join(_WRITERS)}")
 
 
 def _above(predictions: Iterator[Prediction], least: float) -> Iterator[Prediction]:
@@ -320,7 +323,9 @@ def _above(predictions: Iterator[Prediction], least: float) -> Iterator[Predicti
 def _key(dataset: PreparedDataset, name: str) -> FrameKey:
     log, _, index = name.rpartition("/")
     if not log or not index.isdigit() or log not in dataset.logs() or int(index) >= dataset.summary(log).frames:
-        raise DataError(f"{dataset.root}: there is no frame {name}. Frames go by LOG/INDEX; `picture3d data info` lists logs.")
+        raise DataError(
+            f"{dataset.root}: there is no frame {name}. Frames go by LOG/INDEX: take a log that `picture3d data info` lists."
+        )
     return FrameKey(log, int(index))
 
 

@@ -11,9 +11,24 @@ from typing import Protocol
 
 from picture3d.datasets.prepared import PreparedSummary
 from picture3d.datasets.preparing import Progress as ProgressCallback
+from picture3d.errors import ConfigError
 from picture3d.files import job_share, sole_writer
 from picture3d.formats.columns import PLANES, Codec, CodecKind
 from picture3d.training.runlog import Progress
+
+
+def codec_of_step(xyz_step: float) -> Codec:
+    """How coordinates are stored: rounded to `xyz_step` metres, 0 for exactly.
+
+    Raises:
+        ConfigError: if there can be no such step.
+    """
+    try:
+        return Codec(CodecKind.GRID, xyz_step) if xyz_step else PLANES
+    except ValueError:
+        raise ConfigError(
+            f"--xyz-step {xyz_step}: no step to round to. Give metres, such as 0.001, or 0 to round nothing"
+        ) from None
 
 
 def prepare_nuscenes(
@@ -107,7 +122,7 @@ class _Prepare(Protocol):
 
 
 def _prepared(out: Path, prepare: _Prepare, xyz_step: float, processes: int) -> tuple[str, bool]:
-    codec = Codec(CodecKind.GRID, xyz_step) if xyz_step else PLANES
+    codec = codec_of_step(xyz_step)
     with sole_writer(out, share=job_share()), Progress("prepare", unit="frames") as progress:
         summary = prepare(xyz_codec=codec, processes=processes, progress=progress)
     return "\n".join([*summary.set_aside, _summary_line(summary)]), not summary.set_aside

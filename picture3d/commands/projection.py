@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from picture3d.commands.prepare import codec_of_step
 from picture3d.datasets.projection import Measured, Projection, measure_prepared, measure_raw, project
-from picture3d.formats.columns import PLANES, Codec, CodecKind
 
 
 def data_projection(folder: Path, *, frames: int, sweeps: int, xyz_step: float, processes: int, as_json: bool) -> str:
@@ -27,7 +27,7 @@ def data_projection(folder: Path, *, frames: int, sweeps: int, xyz_step: float, 
     if (folder / "dataset.json").exists():
         work = partial(measure_prepared, folder, frames)
     else:
-        codec = Codec(CodecKind.GRID, xyz_step) if xyz_step else PLANES
+        codec = codec_of_step(xyz_step)
         work = partial(measure_raw, folder, frames, xyz_codec=codec, sweeps=sweeps)
     # In a process of its own, as a worker of `prepare` is: its memory is that of the work.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -96,7 +96,10 @@ def find_runs(folder: Path) -> list[Run]:
     places = [folder, *sorted(folder.glob("*")), *sorted((folder / "runs").glob("*"))]
     found = [place for place in places if (place / "config.json").is_file() and (place / "metrics.jsonl").is_file()]
     if not found:
-        raise DataError(f"{folder}: holds no run folder (config.json and metrics.jsonl), neither in itself nor in runs/")
+        raise DataError(
+            f"{folder}: holds no run folder (config.json and metrics.jsonl), neither in itself nor in runs/. Name the folder "
+            "of a run, or one whose runs/ holds runs."
+        )
     runs = [Run(place.name, RunFolder(place), read_run_config(place)) for place in found]
     return sorted(runs, key=lambda run: (run.config.kind != "pretrain", (run.folder.config_path).stat().st_mtime))
 

@@ -99,7 +99,9 @@ def class_names(batches: FrameBatches) -> tuple[str, ...]:
     """
     labels = batches.dataset.label_set
     if labels is None:
-        raise DataError(f"{batches.dataset.root}: was prepared without labels, so nothing can be scored on it")
+        raise DataError(
+            f"{batches.dataset.root}: was prepared without labels, so nothing can be scored on it. Prepare it with its labels."
+        )
     return labels.train_names
 
 

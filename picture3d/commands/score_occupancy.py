@@ -42,7 +42,10 @@ def run_scoring(predictions: Path, dataset: PreparedDataset, split: str) -> Occu
     wanted = {log: store.labelled(log) for log in logs}
     total, done = sum(map(len, wanted.values())), 0
     if total == 0:
-        raise DataError(f"{dataset.root}: no keyframe of split '{split}' has occupancy labels")
+        raise DataError(
+            f"{dataset.root}: no keyframe of split '{split}' has occupancy labels. Name another --split, or attach labels with "
+            "`picture3d prepare occupancy`."
+        )
     matrix = OccupancyMatrix(CLASS_NAMES)
     with Progress("score", unit="keyframes") as progress:
         for log, frames in wanted.items():
@@ -51,7 +54,8 @@ def run_scoring(predictions: Path, dataset: PreparedDataset, split: str) -> Occu
             if missing:
                 raise DataError(
                     f"{root}: {len(missing)} of the {len(frames)} labelled keyframes of log '{log}' have no prediction, the "
-                    f"first is {missing[0]}.npy. Every labelled keyframe of the split is scored."
+                    f"first is {missing[0]}.npy. Every labelled keyframe of the split is scored. Add the missing files: an "
+                    "empty array where nothing was found."
                 )
             for frame in frames:
                 file = files[frame]

@@ -61,12 +61,14 @@ def _threshold(text: str) -> tuple[int, float]:
     name, _, number = text.partition("=")
     if name.lower() not in _KIND_OF_NAME:
         guess = nearest(name.lower(), _KIND_OF_NAME)
-        hint = f"Did you mean {guess}?" if guess else f"There are {', '.join(_KIND_OF_NAME)}."
+        hint = f"Did you mean {guess}?" if guess else f"Choose one of {', '.join(_KIND_OF_NAME)}."
         raise ConfigError(f"--iou {text}: no class is called '{name}'. {hint}")
     try:
         value = float(number)
     except ValueError:
         value = -1.0
     if not 0 < value <= 1:
-        raise ConfigError(f"--iou {text}: write CLASS=THRESHOLD with a number above 0 and up to 1, for example vehicle=0.7")
+        raise ConfigError(
+            f"--iou {text}: not of the form CLASS=THRESHOLD. Write a number above 0 and up to 1, for example vehicle=0.7"
+        )
     return _KIND_OF_NAME[name.lower()], value

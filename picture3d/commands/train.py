@@ -155,7 +155,7 @@ def tensorboard(run: Path, out: Path | None) -> str:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ConfigError("TensorBoard is not installed: pip install 'picture3d[track]'") from None
+        raise ConfigError("TensorBoard is not installed. Install it: pip install 'picture3d[track]'") from None
     records = list(RunFolder(run).metrics())
     if not records:
         raise ConfigError(f"{run}: holds no metrics.jsonl with numbers; name a run folder")
@@ -206,7 +206,9 @@ def _finetune_config(
 
 def _required(data: Path | None) -> Path:
     if data is None:
-        raise ConfigError("say which prepared frames to use: --data FOLDER (picture3d prepare makes one)")
+        raise ConfigError(
+            "it is not said which prepared frames to use. Name them with --data FOLDER (`picture3d prepare` makes one)"
+        )
     return data
 
 

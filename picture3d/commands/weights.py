@@ -61,7 +61,10 @@ def import_weights(file: Path, out: Path, *, recipe: str | None, encoder_only: b
     checkpoint = load_any_weights(file)
     chosen = {n: t for n, t in checkpoint.tensors.items() if not encoder_only or n.split(".", 1)[0] in ENCODER_PARTS}
     if not chosen:
-        raise CheckpointError(f"{file}: holds no encoder (no tensor below {' or '.join(ENCODER_PARTS)}).")
+        raise CheckpointError(
+            f"{file}: holds no encoder (no tensor below {' or '.join(ENCODER_PARTS)}). Leave --encoder-only out, or name a "
+            "file of the whole network."
+        )
     meta: dict[str, Any] = {**checkpoint.meta, "imported_from": file.name}
     lines: list[str] = []
     if recipe is not None:

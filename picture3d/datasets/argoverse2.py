@@ -26,7 +26,7 @@ from picture3d.datasets.preparing import (
     refuse_missing,
     write_logs,
 )
-from picture3d.errors import DataError
+from picture3d.errors import FETCH_AGAIN, DataError
 from picture3d.formats.columns import PLANES, Codec
 from picture3d.formats.feather import read_feather
 from picture3d.structures.boxes import Boxes
@@ -209,7 +209,9 @@ def read_sweep(path: Path) -> PointCloud:
     table = read_feather(path, _SWEEP)
     laser = table["laser_number"]
     if len(laser) and not (laser.min() >= 0 and laser.max() < 2 * _LASERS_UP):
-        raise DataError(f"{path}: laser numbers {laser.min()} to {laser.max()}, expected 0 to {2 * _LASERS_UP - 1}.")
+        raise DataError(
+            f"{path}: laser numbers {laser.min()} to {laser.max()}, expected 0 to {2 * _LASERS_UP - 1}. {FETCH_AGAIN}"
+        )
     with np.errstate(over="ignore"):
         xyz = np.stack([table[axis] for axis in "xyz"], axis=1).astype(np.float32)
     return PointCloud(
@@ -232,7 +234,7 @@ def read_city_poses(path: Path) -> dict[int, Pose]:
     times = rows["timestamp_ns"]
     unique, counts = np.unique(times, return_counts=True)
     if len(unique) != len(times):
-        raise DataError(f"{path}: the time {unique[counts > 1][0]} ns occurs twice.")
+        raise DataError(f"{path}: the time {unique[counts > 1][0]} ns occurs twice. {FETCH_AGAIN}")
     return dict(zip(times.tolist(), _poses(rows, path), strict=True))
 
 
@@ -259,18 +261,24 @@ def read_annotations(path: Path, city_from_ego: dict[int, Pose]) -> Annotations:
     rows = {name: column[np.argsort(rows["timestamp_ns"], kind="stable")] for name, column in rows.items()}
     unknown = sorted(set(rows["category"].tolist()) - set(CATEGORIES))
     if unknown:
-        raise DataError(f"{path}: category {', '.join(unknown[:5])} is none of the 30 of Argoverse 2.")
+        raise DataError(
+            f"{path}: category {', '.join(unknown[:5])} is none of the 30 of Argoverse 2. Take the annotations of the sensor "
+            "dataset, or rename the category."
+        )
     numbers = np.stack([rows[key] for key in (*_POSE, "length_m", "width_m", "height_m")], axis=1)
     sizes, upright = numbers[:, 7:], np.abs(numbers[:, 1:3]).max(axis=1, initial=0) < 1e-3
     wrong = np.flatnonzero(~np.isfinite(numbers).all(axis=1) | (sizes <= 0).any(axis=1) | ~upright)
     if len(wrong):
         row = int(wrong[0])
         track, time = rows["track_uuid"][row], rows["timestamp_ns"][row]
-        raise DataError(f"{path}: the box of track {track} at {time} ns is not an upright box of positive size.")
+        raise DataError(f"{path}: the box of track {track} at {time} ns is not an upright box of positive size. {FETCH_AGAIN}")
     times, of = np.unique(rows["timestamp_ns"], return_inverse=True)
     absent = [time for time in times.tolist() if time not in city_from_ego]
     if absent:
-        raise DataError(f"{path}: no ego pose at {absent[0]} ns, where boxes are annotated ({len(absent)} such times).")
+        raise DataError(
+            f"{path}: no ego pose at {absent[0]} ns, where boxes are annotated ({len(absent)} such times). Download the log "
+            "again, its city_SE3_egovehicle.feather too."
+        )
     if not len(times):
         return Annotations(rows, np.zeros((0, 2)))
     rotation = np.stack([city_from_ego[time].rotation for time in times.tolist()])[of]
@@ -290,7 +298,9 @@ def _velocities(rows: dict[str, NDArray[Any]], position: NDArray[np.float64], pa
     twice = np.flatnonzero(same & (time[1:] == time[:-1]))
     if len(twice):
         row = order[twice[0]]
-        raise DataError(f"{path}: track {rows['track_uuid'][row]} has two boxes at {rows['timestamp_ns'][row]} ns.")
+        raise DataError(
+            f"{path}: track {rows['track_uuid'][row]} has two boxes at {rows['timestamp_ns'][row]} ns. {FETCH_AGAIN}"
+        )
     first = index - np.concatenate([[False], same])
     last = index + np.concatenate([same, [False]])
     seconds = (time[last] - time[first]) * 1e-9
@@ -315,7 +325,10 @@ def argoverse2_logs(raw: Path) -> dict[str, list[Path]]:
             return named
     found = _log_folders(raw) if raw.is_dir() else []
     if not found:
-        raise DataError(f"{raw}: no log, that is no folder with sensors/lidar/*.feather, here or in train/, val/, test/.")
+        raise DataError(
+            f"{raw}: no log, that is no folder with sensors/lidar/*.feather, here or in train/, val/, test/. Name the folder "
+            "above `train`, or that of a log."
+        )
     return {_split_of(raw.resolve().name): found}
 
 
@@ -337,13 +350,15 @@ def _sweeps(folder: Path) -> tuple[list[Path], list[Path]]:
     files: dict[int, Path] = {}
     for path in lidar.glob("*.feather"):
         if not path.stem.isdigit():
-            raise DataError(f"{path}: sweeps are called by their time in nanoseconds.")
+            raise DataError(f"{path}: sweeps are called by their time in nanoseconds. Remove the file, or name it so.")
         files[int(path.stem)] = path
     times = sorted(files)
     if not times:
-        raise DataError(f"{lidar}: holds no sweep.")
+        raise DataError(f"{lidar}: holds no sweep. Download the log again, or remove its folder.")
     if times[-1] >= 1 << 63:
-        raise DataError(f"{files[times[-1]]}: {times[-1]} is no time in nanoseconds.")
+        raise DataError(
+            f"{files[times[-1]]}: {times[-1]} is no time in nanoseconds. Remove the file, or name it by its sweep's time."
+        )
     check_clock([time // 1000 for time in times], lidar)
     table = folder / _TABLES[1]
     annotated = np.unique(read_feather(table, {"timestamp_ns": "i"})["timestamp_ns"]).tolist() if table.exists() else []
@@ -353,7 +368,10 @@ def _sweeps(folder: Path) -> tuple[list[Path], list[Path]]:
 def _refuse_no_pose(files: Sequence[Path], poses: dict[int, Pose], table: Path) -> None:
     without = [path for path in files if int(path.stem) not in poses]
     if without:
-        raise DataError(f"{table}: no pose at the time of {without[0].name} ({len(without)} such sweeps).")
+        raise DataError(
+            f"{table}: no pose at the time of {without[0].name} ({len(without)} such sweeps). Download the log again, its "
+            "city_SE3_egovehicle.feather too."
+        )
 
 
 def _plan(folder: Path, dataset: str, settings: dict[str, Any]) -> tuple[LogPlan, list[Path]]:
@@ -384,5 +402,5 @@ def _poses(rows: dict[str, NDArray[Any]], path: Path) -> list[Pose]:
     numbers = np.stack([rows[key] for key in _POSE], axis=1)
     wrong = np.flatnonzero(~np.isfinite(numbers).all(axis=1) | (np.abs(np.linalg.norm(numbers[:, :4], axis=1) - 1) > 1e-2))
     if len(wrong):
-        raise DataError(f"{path}: row {wrong[0]} is not a unit quaternion and a translation.")
+        raise DataError(f"{path}: row {wrong[0]} is not a unit quaternion and a translation. {FETCH_AGAIN}")
     return [Pose.from_quaternion(row[:4], row[4:]) for row in numbers]

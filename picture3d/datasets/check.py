@@ -98,7 +98,7 @@ def check_prepared(root: Path, *, progress: ProgressCallback | None = None) -> C
         DataError: if the folder is not a prepared dataset at all.
     """
     if remote_url(root) is not None:
-        raise DataError(f"{root}: only frames on this machine can be checked; fetched ones are checked as they arrive")
+        raise DataError(f"{root}: frames elsewhere are checked as they are fetched, not before. Name a folder of this machine")
     dataset = PreparedDataset(root)
     findings = [*_splits(dataset), *_strays(dataset)]
     tally = Tally()

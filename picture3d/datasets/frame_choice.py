@@ -44,7 +44,10 @@ def select_keyframes(dataset: PreparedDataset, config: DataConfig) -> list[Frame
     if not keys:
         what = "labelled keyframe" if config.labelled_only else "keyframe"
         what += " with occupancy labels" if config.occupancy else ""
-        raise DataError(f"{dataset.root}: split '{config.split}' holds no {what}. Its splits: {', '.join(dataset.splits)}.")
+        raise DataError(
+            f"{dataset.root}: split '{config.split}' holds no {what}. Choose another of its splits "
+            f"({', '.join(dataset.splits)}), or prepare the data with what is missing."
+        )
     return keys
 
 

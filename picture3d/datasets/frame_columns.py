@@ -48,7 +48,10 @@ def columns_of(frame: Frame, place: str) -> dict[str, NDArray[np.generic]]:
         dtype, width = POINT_COLUMNS[name]
         shape = (len(frame.points),) if width == 1 else (len(frame.points), width)
         if dtype_name(column.dtype) != dtype or column.shape != shape:
-            raise DataError(f"{place}, column {name}: {column.dtype} {column.shape}, expected {np.dtype(dtype).name} {shape}")
+            raise DataError(
+                f"{place}, column {name}: {column.dtype} {column.shape}, expected {np.dtype(dtype).name} {shape}. Correct the "
+                "reader that made this frame."
+            )
     for name in ("xyz", "intensity"):
         if not np.isfinite(columns[name]).all():
             raise DataError(

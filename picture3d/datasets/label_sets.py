@@ -41,7 +41,7 @@ def label_set(name: str) -> LabelSet:
     known = {found.name: found for found in (_nuscenes_32(), _nuscenes_16(), _semantickitti(), _waymo(), _plain())}
     if name not in known:
         guess = nearest(name, known)
-        hint = f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(known)}."
+        hint = f"Did you mean '{guess}'?" if guess else f"Choose one of {', '.join(known)}."
         raise DataError(f"unknown label set '{name}'. {hint}")
     return known[name]
 

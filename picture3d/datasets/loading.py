@@ -180,7 +180,9 @@ class FrameBatches:
         if count == 0 or not self.train:
             return False
         if self.total_epochs is None:
-            raise ConfigError("something is switched off in the last epochs, but nobody said how many epochs there are")
+            raise ConfigError(
+                "something is switched off in the last epochs, but nobody said how many epochs there are. Give total_epochs."
+            )
         return epoch >= self.total_epochs - count
 
 
@@ -253,7 +255,10 @@ def collate(samples: Sequence[Sample]) -> PointBatch:
     if 0 < len(occupancy) < len(samples):
         raise DataError("some frames of a batch have occupancy labels and others have none; set data.occupancy")
     if len({found.grid for _, found in occupancy}) > 1:
-        raise DataError(f"{samples[0].name}: occupancy labels on different grids in one batch")
+        raise DataError(
+            f"{samples[0].name}: occupancy labels on different grids in one batch. Mix datasets of one occupancy grid only, or "
+            "set data.occupancy=false."
+        )
     return PointBatch(
         xyz=_cat([sample.xyz for sample in samples]),
         features=_cat([sample.features for sample in samples]),

@@ -82,7 +82,7 @@ def check_log_name(log: str) -> str:
         DataError: if it is empty, hidden, too long, or could leave the folder.
     """
     if not log or log.startswith(".") or len(log.encode()) > 200 or any(c in '/\\:"*?<>|' or ord(c) < 32 for c in log):
-        raise DataError(f"{log!r} cannot name a log: use letters, digits, '-', '_', '+' and '.', not starting with '.'")
+        raise DataError(f"{log!r} cannot name a log. Use letters, digits, '-', '_', '+' and '.', not starting with '.'")
     return log
 
 
@@ -124,17 +124,26 @@ class LogWriter(FramedWriter):
         """
         place = f"{self.path}: frame {frame.index}"
         if frame.log != self.header.log or frame.index != len(self._entries):
-            raise DataError(f"{place} of log '{frame.log}': expected frame {len(self._entries)} of log '{self.header.log}'")
+            raise DataError(
+                f"{place} of log '{frame.log}': expected frame {len(self._entries)} of log '{self.header.log}'. Hand in the "
+                "frames of one log in their order."
+            )
         if any(not 0 <= earlier < frame.index for earlier in frame.previous):
-            raise DataError(f"{place}: previous {frame.previous} must be indices of earlier sweeps of the same log")
+            raise DataError(
+                f"{place}: previous {frame.previous} must be indices of earlier sweeps of the same log. Correct the reader "
+                "that made this frame."
+            )
         columns = columns_of(frame, place)
         chunks = {}
         for name, column in columns.items():
             codec = self._xyz_codec if name == "xyz" else lossless_codec(column)
             try:
                 data = encode(column, codec)
-            except DataError as error:
-                raise DataError(f"{place}, column {name}: {error}") from None
+            except ValueError as error:
+                raise DataError(
+                    f"{place}, column {name}: {error}. Choose another step for coordinates (--xyz-step), or 0 to store them "
+                    "exactly."
+                ) from None
             chunks[name] = {
                 "codec": str(codec),
                 "dtype": dtype_name(column.dtype),
@@ -287,7 +296,9 @@ class LogReader(FramedFile):
     def _entry(self, index: int) -> tuple[_FrameEntry, str]:
         """A frame's line in the index, and its name for messages."""
         if not 0 <= index < len(self._entries):
-            raise DataError(f"{self.path}: there is no frame {index}, the log has frames 0 to {len(self._entries) - 1}")
+            raise DataError(
+                f"{self.path}: there is no frame {index}, the log has frames 0 to {len(self._entries) - 1}. Name one of these."
+            )
         return self._entries[index], f"{self.path}: frame {index}"
 
     def _record(self, entry: _FrameEntry, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -307,10 +318,9 @@ class LogReader(FramedFile):
             raise DataError(f"{place}: the record does not describe it ({error}). {_MEND}") from None
         try:
             checked_size(dtype, shape)
-            return decode(self.read_at(offset, length, crc, place).data, codec, dtype, shape)
-        except DataError as error:
-            if str(error).startswith(place):
-                raise
+            data = self.read_at(offset, length, crc, place).data
+            return decode(data, codec, dtype, shape)
+        except ValueError as error:
             raise DataError(f"{place} at byte {offset}: {error}. {_MEND}") from None
 
 
@@ -330,7 +340,10 @@ def _to_json(tree: dict[str, Any], place: str) -> bytes:
     try:
         return json.dumps(tree, separators=(",", ":"), allow_nan=False).encode()
     except ValueError:
-        raise DataError(f"{place}: a pose or another number is not finite; such a frame cannot be stored") from None
+        raise DataError(
+            f"{place}: a pose or another number is not finite, so it cannot be stored. Correct the poses of the raw data, or "
+            "leave this sweep out"
+        ) from None
 
 
 def _from_json(data: NDArray[np.uint8], place: str) -> dict[str, Any]:

@@ -179,7 +179,9 @@ def _plans(raw: Path, tables: RawTables, dataset: str, sweeps: int, settings: di
         if plan is None:
             continue
         if scene.name in plans:
-            raise DataError(f"{raw / settings['version'] / 'scene.json'}: two scenes are called {scene.name!r}")
+            raise DataError(
+                f"{raw / settings['version'] / 'scene.json'}: two scenes are called {scene.name!r}. Rename one of them."
+            )
         plans[scene.name] = plan
     return list(plans.values()), missing
 
@@ -339,7 +341,10 @@ def _check_categories(tables: RawTables, folder: Path) -> None:
     """The ids in label files are those of `category.json`; they must mean what the label set says."""
     for name, index in tables.category_index.items():
         if not 0 <= index < len(NUSCENES_32.class_names) or NUSCENES_32.class_names[index] != name:
-            raise DataError(f"{folder / 'category.json'}: '{name}' has index {index}, which is not the official lidarseg id")
+            raise DataError(
+                f"{folder / 'category.json'}: '{name}' has index {index}, which is not the official lidarseg id. Take "
+                "category.json and the label files from the official lidarseg download."
+            )
 
 
 def _splits(raw: Path, version: str, logs: list[str]) -> dict[str, list[str]]:
@@ -352,9 +357,14 @@ def _splits(raw: Path, version: str, logs: list[str]) -> dict[str, list[str]]:
         return {split: members for split, members in splits.items() if members or split in ("train", "val")}
     listed = read_json_object(path, max_bytes=_MAX_SPLITS_BYTES).get("splits")
     if not isinstance(listed, dict):
-        raise DataError(f"{path}: has no object 'splits' that maps each split to its scene names")
+        raise DataError(
+            f"{path}: has no object 'splits' that maps each split to its scene names. Write it so, or remove it for the "
+            "official splits."
+        )
     for split, members in listed.items():
         if not isinstance(members, list):
-            raise DataError(f"{path}: split '{split}' is not a list of scene names")
+            raise DataError(
+                f"{path}: split '{split}' is not a list of scene names. Write one, or remove the file for the official splits."
+            )
         splits[str(split)] = [log for log in logs if log in members]
     return splits

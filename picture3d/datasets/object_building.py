@@ -93,12 +93,14 @@ def build_object_database(
         DataError: if a frame cannot be read, no frame was annotated, or the file cannot be written.
     """
     if sweeps < 1 or processes < 1 or min_points < 1:
-        raise ConfigError(f"sweeps {sweeps}, processes {processes} and min_points {min_points} must be at least 1")
+        raise ConfigError(
+            f"sweeps {sweeps}, processes {processes} and min_points {min_points} are too few. Give at least 1 of each"
+        )
     for wanted, interval in (every or {}).items():
         if interval < 1:
             raise ConfigError(f"every: '{wanted}' is taken from every {interval}th keyframe; give a number from 1")
         if classes is not None and wanted not in classes.names:
-            raise ConfigError(f"every: no class '{wanted}'; the classes are {', '.join(classes.names)}")
+            raise ConfigError(f"every: no class '{wanted}'. Choose one of {', '.join(classes.names)}")
     settings = CutSettings(sweeps, None if classes is None else classes.names, every, min_points)
     dataset = PreparedDataset(root)
     path = database_path(root, name or f"{split or 'all'}-{sweeps}sweeps")
@@ -125,7 +127,10 @@ def build_object_database(
     parts = {log: PartFile(folder / f"{log}.part") for log in logs}
     frames = sum(part.frames for part in parts.values())
     if not frames:
-        raise DataError(f"{root}: no keyframe of split '{split}' has boxes, so there are no objects to cut out.")
+        raise DataError(
+            f"{root}: no keyframe of split '{split}' has boxes, so there are no objects to cut out. Name a split with boxes "
+            "(--split), or prepare the data with its boxes."
+        )
     _merge(path, parts, identity)
     shutil.rmtree(folder, ignore_errors=True)
     return _summary(ObjectDatabase(path), made=made, frames=frames)

@@ -59,7 +59,7 @@ class ObjectSampler:
         for name in config.fill_to:
             if name not in classes.names:
                 guess = nearest(name, classes.names)
-                hint = f" Did you mean '{guess}'?" if guess else f" Its classes: {', '.join(classes.names)}."
+                hint = f" Did you mean '{guess}'?" if guess else f" Choose among {', '.join(classes.names)}."
                 raise ConfigError(f"object sampling: fill_to names '{name}', which the head does not have.{hint}")
         if "elongation" in data.features and not database.has_elongation:
             raise ConfigError(f"{database.path}: its points have no elongation; take 'elongation' out of data.features")

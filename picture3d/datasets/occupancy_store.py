@@ -99,7 +99,7 @@ def read_occupancy(file: BlockFile, frame: int, grid: OccupancyGrid) -> Occupanc
         if count and keys[-1] >= grid.cells:
             raise ValueError(f"voxel {keys[-1]} lies outside of the grid")
         return Occupancy(grid.cells_of(keys), label, grid)
-    except (DataError, TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{file.path}: frame {frame} at byte {block.offset}: {error}. {KIND.mend}") from None
 
 

@@ -33,7 +33,7 @@ from picture3d.datasets.preparing import (
     refuse_missing,
     write_logs,
 )
-from picture3d.errors import DataError
+from picture3d.errors import FETCH_AGAIN, DataError
 from picture3d.files import read_bounded, read_json_object
 from picture3d.formats.columns import PLANES, Codec
 from picture3d.formats.nuscenes_tables import path_inside
@@ -178,7 +178,10 @@ def once_sequences(raw: Path) -> dict[str, str]:
             path_inside(data, sequence)
             before = split_of.setdefault(sequence, split)
             if before != split and not (before.startswith("raw") and split.startswith("raw")):
-                raise DataError(f"{path}: sequence {sequence} is in the list of split {before} too; scores would be flattered.")
+                raise DataError(
+                    f"{path}: sequence {sequence} is in the list of split {before} too; scores would be flattered. Delete it "
+                    "in one of the two."
+                )
     unnamed = [sequence for sequence in present if sequence not in split_of]
     if unnamed:
         raise DataError(
@@ -199,13 +202,14 @@ def read_once_sequence(path: Path) -> list[OnceFrame]:
     """
     frames = read_json_object(path, max_bytes=_MAX_JSON_BYTES).get("frames")
     if not isinstance(frames, list):
-        raise DataError(f"{path}: has no list 'frames'; it is not the file of an ONCE sequence.")
+        raise DataError(f"{path}: has no list 'frames'; it is not the file of an ONCE sequence. {FETCH_AGAIN}")
     found: list[OnceFrame] = []
     for index, frame in enumerate(frames):
         frame_id = str(frame.get("frame_id")) if isinstance(frame, dict) else ""
         if not (frame_id.isascii() and frame_id.isdigit() and len(frame_id) <= 15):
             raise DataError(
-                f"{path}, frames[{index}]: {frame_id[:_MAX_NAME]!r} is no frame_id, the sweep's time in milliseconds."
+                f"{path}, frames[{index}]: {frame_id[:_MAX_NAME]!r} is no frame_id, the sweep's time in milliseconds. "
+                f"{FETCH_AGAIN}"
             )
         place = f"{path}, frame {frame_id}"
         found.append(OnceFrame(frame_id, _pose(frame.get("pose"), place), _boxes(frame.get("annos"), place)))
@@ -281,7 +285,7 @@ def _pose(tree: object, place: str) -> Pose | None:
     if not numbers[:4].any():
         return None
     if abs(np.linalg.norm(numbers[:4]) - 1) > 1e-2:
-        raise DataError(f"{place}, pose: {numbers[:4].tolist()} is no unit quaternion (x, y, z, w).")
+        raise DataError(f"{place}, pose: {numbers[:4].tolist()} is no unit quaternion (x, y, z, w). {FETCH_AGAIN}")
     return Pose.from_quaternion(numbers[[3, 0, 1, 2]], numbers[4:])
 
 
@@ -289,15 +293,15 @@ def _boxes(tree: object, place: str) -> Boxes | None:
     if tree is None:
         return None
     if not isinstance(tree, dict) or not isinstance(tree.get("names"), list):
-        raise DataError(f"{place}: its annos are no object with names and boxes_3d.")
+        raise DataError(f"{place}: its annos are no object with names and boxes_3d. {FETCH_AGAIN}")
     names: Sequence[Any] = tree["names"]
     unknown = [name for name in names if name not in CATEGORIES]
     if unknown:
-        raise DataError(f"{place}: category {str(unknown[0])[:_MAX_NAME]!r} is none of {', '.join(CATEGORIES)}.")
+        raise DataError(f"{place}: category {str(unknown[0])[:_MAX_NAME]!r} is none of {', '.join(CATEGORIES)}. {FETCH_AGAIN}")
     rows = _numbers(tree.get("boxes_3d") or np.zeros((0, 7)), (len(names), 7), f"{place}, boxes_3d")
     thin = np.flatnonzero((rows[:, 3:6] <= 0).any(axis=1))
     if len(thin):
-        raise DataError(f"{place}, boxes_3d: box {thin[0]} has a side of {rows[thin[0], 3:6].min():g} m.")
+        raise DataError(f"{place}, boxes_3d: box {thin[0]} has a side of {rows[thin[0], 3:6].min():g} m. {FETCH_AGAIN}")
     count = len(names)
     return Boxes(
         center=rows[:, :3],
@@ -320,9 +324,9 @@ def _numbers(tree: object, shape: tuple[int, ...], place: str) -> NDArray[np.flo
     try:
         numbers = np.array(tree, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{place}: holds something else than numbers.") from None
+        raise DataError(f"{place}: holds something else than numbers. {FETCH_AGAIN}") from None
     if numbers.shape != shape:
-        raise DataError(f"{place}: has shape {numbers.shape}, expected {shape}.")
+        raise DataError(f"{place}: has shape {numbers.shape}, expected {shape}. {FETCH_AGAIN}")
     if not np.isfinite(numbers).all():
-        raise DataError(f"{place}: holds NaN or infinity.")
+        raise DataError(f"{place}: holds NaN or infinity. {FETCH_AGAIN}")
     return numbers

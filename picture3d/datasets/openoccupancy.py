@@ -27,7 +27,7 @@ from picture3d.datasets.occupancy_store import (
 )
 from picture3d.datasets.prepared import PreparedDataset
 from picture3d.errors import DataError
-from picture3d.files import refuse_url, write_json
+from picture3d.files import refuse_url, unreadable, write_json
 from picture3d.formats.block_file import BlockFile, BlockWriter
 from picture3d.formats.openoccupancy import GRID_ORIGIN, GRID_SHAPE, VOXEL_SIZE, read_openoccupancy
 from picture3d.structures.occupancy import Occupancy, OccupancyGrid
@@ -111,7 +111,9 @@ def attach_occupancy(labels: Path, dataset: PreparedDataset, *, progress: Progre
             progress(done, total)
     kept = {occupancy_path(dataset.root, log) for log, entry in logs.items() if entry.labelled}
     if not kept and set_aside:
-        raise DataError(f"{root}: no log could be attached. {next(iter(set_aside.values()))}")
+        raise DataError(
+            f"{root}: no log could be attached. Mend the first of these and run again: {next(iter(set_aside.values()))}"
+        )
     if not kept:
         raise _no_labels(root, dataset)
     for stale in folder.glob("*.occ*"):
@@ -165,8 +167,8 @@ def label_folder(labels: Path) -> tuple[Path, frozenset[str]]:
 def _no_labels(root: Path, dataset: PreparedDataset) -> DataError:
     first = next((_scene(dataset, log) for log in dataset.logs()), "<scene token>")
     return DataError(
-        f"{root}: has no label file for any keyframe of {dataset.root}. Expected scene_{first}/occupancy/<token>.npy: are "
-        "these the labels of the same nuScenes version (mini, trainval)?"
+        f"{root}: has no label file for any keyframe of {dataset.root}, such as scene_{first}/occupancy/<token>.npy. "
+        "Take the labels of the same nuScenes version (mini, trainval)."
     )
 
 
@@ -174,8 +176,8 @@ def _scene(dataset: PreparedDataset, log: str) -> str:
     scene = dataset.reader(log).header.source.get("scene")
     if not isinstance(scene, str) or not scene:
         raise DataError(
-            f"{dataset.root}: log '{log}' does not say which nuScenes scene it is; nuScenes-Occupancy labels belong to frames "
-            "that `picture3d prepare nuscenes` made."
+            f"{dataset.root}: log '{log}' does not say which nuScenes scene it is. Prepare the frames with "
+            "`picture3d prepare nuscenes`: nuScenes-Occupancy labels belong to these."
         )
     return scene
 
@@ -201,7 +203,8 @@ def label_files(root: Path, scenes: frozenset[str], dataset: PreparedDataset, lo
     if sizes and tokens and not files:
         raise DataError(
             f"{folder}: none of its {len(sizes)} files is named after a keyframe of log '{log}' (such as {tokens[0][1]}.npy). "
-            "Label files carry the token of the keyframe's LIDAR_TOP sample_data; these belong to other frames."
+            "Label files carry the token of the keyframe's LIDAR_TOP sample_data. Take the labels of the version that was "
+            "prepared (mini, trainval)."
         )
     return files, len(sizes) - len(files)
 
@@ -214,7 +217,7 @@ def _listed(folder: Path) -> list[tuple[str, int]]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror or error}).") from error
+        raise unreadable(folder, error) from error
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -109,13 +109,18 @@ def prepare_points(
     columns = parse_layout(layout)
     unit = _unit(intensity_unit)
     if label_dir is None and label_set is not None:
-        raise DataError(f"label set '{label_set}' was given without a folder of labels (--labels)")
+        raise DataError(
+            f"label set '{label_set}' was given without a folder of labels (--labels). Give the folder too, or leave "
+            "--label-set out."
+        )
     meaning = None if label_dir is None else find_label_set(label_set or "plain").name
     source = {"preparer": _PREPARER, "layout": layout, "intensity": str(unit), "rate_hz": rate_hz, "sweeps": sweeps}
     source["xyz_codec"] = str(xyz_codec)
     plans, splits = _split(point_logs(folder, label_dir, poses), val, folder)
     if label_dir is not None and not any(sweep.label for sweeps in plans.values() for sweep in sweeps):
-        raise DataError(f"{label_dir}: no label file has the name of a sweep. Expected for example {_expected_label(plans)}.")
+        raise DataError(
+            f"{label_dir}: no label file has the name of a sweep. Rename them, for example to {_expected_label(plans)}."
+        )
     logs: list[LogPlan] = []
     for log, files in plans.items():
         header = LogHeader(log, name, meaning, {**source, "files_crc32c": _fingerprint(files)})
@@ -149,10 +154,15 @@ def read_points(path: Path, layout: tuple[str, ...], unit: IntensityUnit) -> Poi
         case ".ply":
             table = read_ply(path)
         case other:
-            raise DataError(f"{path}: '{other}' is none of {', '.join(SWEEP_SUFFIXES)}")
+            raise DataError(
+                f"{path}: '{other}' is none of {', '.join(SWEEP_SUFFIXES)}. Convert it, or move it out of the folder."
+            )
     absent = [axis for axis in "xyz" if axis not in table]
     if absent:
-        raise DataError(f"{path}: has no column {', '.join(absent)}; its columns are {', '.join(table) or 'none'}.")
+        raise DataError(
+            f"{path}: has no column {', '.join(absent)} (its columns: {', '.join(table) or 'none'}). Rename its columns, or "
+            "store it again with x, y and z."
+        )
     with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is counted and left out later
         xyz = np.stack([table[axis].astype(np.float32) for axis in "xyz"], axis=1)
         intensity = _column(table, _INTENSITY, np.float32)
@@ -180,7 +190,7 @@ def read_labels(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint16] | Non
         case ".label":
             data = read_bounded(path, max_bytes=MAX_FILE_BYTES)
             if len(data) % 4:
-                raise DataError(f"{path}: {len(data)} bytes are no whole number of uint32; the file is cut off.")
+                raise DataError(f"{path}: {len(data)} bytes are no whole number of uint32; the file is cut off. Copy it again.")
             both = np.frombuffer(data, "<u4")
             labels, instances = both & 0xFFFF, (both >> 16).astype(np.uint16)
         case ".bin":
@@ -189,9 +199,9 @@ def read_labels(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint16] | Non
             try:
                 labels = np.array(read_bounded(path, max_bytes=MAX_TEXT_BYTES).split(), dtype=np.float64)
             except ValueError as error:
-                raise DataError(f"{path}: holds something else than integers ({error}).") from None
+                raise DataError(f"{path}: holds something else than integers ({error}). Save them as integers.") from None
     if labels.ndim != 1 or labels.dtype.kind not in "fiu":
-        raise DataError(f"{path}: holds {labels.dtype} {labels.shape}, expected one integer per point.")
+        raise DataError(f"{path}: holds {labels.dtype} {labels.shape}, expected one integer per point. Save them as such.")
     with np.errstate(invalid="ignore"):
         classes = labels.astype(np.uint8)
     wrong = np.flatnonzero(classes != labels)
@@ -217,14 +227,20 @@ def read_poses(path: Path) -> list[Pose]:
         try:
             matrix = np.array([float(word) for word in line.replace(b",", b" ").split()]).reshape(3, 4)
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: expected 12 numbers ({error}).") from None
+            raise DataError(
+                f"{path}, line {number}: expected 12 numbers ({error}). Write the upper three rows of the 4 x 4 matrix "
+                "global_from_lidar in each line."
+            ) from None
         rotation = matrix[:, :3]
         if (
             not np.isfinite(matrix).all()
             or np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-2
             or np.linalg.det(rotation) < 0
         ):
-            raise DataError(f"{path}, line {number}: is not a rotation and a translation (rows of a 3 x 4 matrix).")
+            raise DataError(
+                f"{path}, line {number}: is not a rotation and a translation (rows of a 3 x 4 matrix). Correct it: "
+                "global_from_lidar, row by row."
+            )
         u, _, vt = np.linalg.svd(rotation)
         found.append(Pose(u @ vt, matrix[:, 3]))
     return found
@@ -258,7 +274,10 @@ def frame_of_file(
     if file.label is not None:
         labels, instances = read_labels(file.label)
         if len(labels) != len(points):
-            raise DataError(f"{file.label}: {len(labels)} labels for the {len(points)} points of {file.path.name}.")
+            raise DataError(
+                f"{file.label}: {len(labels)} labels for the {len(points)} points of {file.path.name}. Copy both again, or "
+                "make the labels anew from this sweep."
+            )
     points, labels, instances, lost = keep_points(finite_points(points), points, labels, instances)
     frame = Frame(
         log=log,
@@ -282,9 +301,11 @@ def point_logs(folder: Path, label_dir: Path | None = None, poses: Path | None =
         DataError: if there are none, or poses do not fit them.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of sweeps.")
+        raise DataError(f"{folder}: no such folder of sweeps. Check the path.")
     if label_dir is not None and (not label_dir.is_dir() or label_dir.resolve() == folder.resolve()):
-        raise DataError(f"{label_dir}: labels need a folder of their own, beside the sweeps.")
+        raise DataError(
+            f"{label_dir}: labels need a folder of their own, beside the sweeps. Move them into one and name it with --labels."
+        )
     sweeps = _sweep_files(folder)
     if sweeps:
         trajectory = None if poses is None else poses
@@ -296,7 +317,10 @@ def point_logs(folder: Path, label_dir: Path | None = None, poses: Path | None =
             labels = None if label_dir is None else label_dir / sub.name
             logs[sub.name] = _joined(sweeps, labels, None if poses is None else poses / f"{sub.name}.txt")
     if not logs:
-        raise DataError(f"{folder}: neither it nor its sub-folders hold sweeps ({', '.join(SWEEP_SUFFIXES)}).")
+        raise DataError(
+            f"{folder}: neither it nor its sub-folders hold sweeps ({', '.join(SWEEP_SUFFIXES)}). Name the folder that holds "
+            "them."
+        )
     return logs
 
 
@@ -319,7 +343,10 @@ def _joined(sweeps: list[Path], label_dir: Path | None, poses: Path | None) -> l
     """Sweep files with their label files and poses."""
     trajectory: Sequence[Pose | None] = [None] * len(sweeps) if poses is None else read_poses(poses)
     if len(trajectory) != len(sweeps):
-        raise DataError(f"{poses}: {len(trajectory)} poses for the {len(sweeps)} sweeps in {sweeps[0].parent}.")
+        raise DataError(
+            f"{poses}: {len(trajectory)} poses for the {len(sweeps)} sweeps in {sweeps[0].parent}. Write one pose for each "
+            "sweep, in the order of their names."
+        )
     labels: dict[str, Path] = {}
     if label_dir is not None and label_dir.is_dir():
         for suffix in reversed(LABEL_SUFFIXES):
@@ -338,9 +365,13 @@ def _split(
     unknown = wanted - set(names)
     if unknown:
         kind = "sweep" if single else "log"
-        raise DataError(f"{folder}: no {kind} is called {', '.join(sorted(unknown))}, which the validation split names.")
+        raise DataError(
+            f"{folder}: no {kind} is called {', '.join(sorted(unknown))}, which the validation split names. Correct the split."
+        )
     if wanted and len(wanted) == len(set(names)):
-        raise DataError(f"{folder}: the validation split takes all {len(names)} sweeps or logs, nothing is left to train on.")
+        raise DataError(
+            f"{folder}: the validation split takes all {len(names)} sweeps or logs, nothing is left to train on. Lower --val."
+        )
     if not single:
         return logs, {
             "train": [name for name in names if name not in wanted],
@@ -357,7 +388,7 @@ def _unit(unit: IntensityUnit | str) -> IntensityUnit:
     try:
         return IntensityUnit(unit)
     except ValueError:
-        raise DataError(f"intensity unit '{unit}' is none of {', '.join(IntensityUnit)}") from None
+        raise DataError(f"intensity unit '{unit}' is none of {', '.join(IntensityUnit)}. Choose one of these.") from None
 
 
 def _column(table: PointTable, names: tuple[str, ...], dtype: type[np.float32]) -> NDArray[np.float32] | None:

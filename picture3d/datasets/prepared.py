@@ -115,7 +115,10 @@ class PreparedDataset:
         for split, logs in self._splits.items():
             unknown = [log for log in logs if log not in self._summaries]
             if unknown:
-                raise DataError(f"{path}: split '{split}' names logs that are not there: {', '.join(unknown[:5])}")
+                raise DataError(
+                    f"{path}: split '{split}' names logs that are not there: {', '.join(unknown[:5])}. Run the `prepare` "
+                    "command again to rewrite it."
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": OrderedDict()}
@@ -134,7 +137,9 @@ class PreparedDataset:
         if split is None:
             return tuple(sorted(self._summaries))
         if split not in self._splits:
-            raise DataError(f"{self.root}: no split '{split}'. It has {', '.join(self._splits) or 'none'}.")
+            known = ", ".join(self._splits)
+            hint = f"Choose one of {known}." if known else "Prepare the data again: it has none."
+            raise DataError(f"{self.root}: no split '{split}'. {hint}")
         return tuple(sorted(self._splits[split]))
 
     def keyframes(self, split: str | None = None) -> list[FrameKey]:
@@ -199,7 +204,9 @@ class PreparedDataset:
             self._readers.move_to_end(log)
             return self._readers[log]
         if log not in self._summaries:
-            raise DataError(f"{self.root}: no log '{log}'; it has {len(self._summaries)} logs")
+            raise DataError(
+                f"{self.root}: no log '{log}' among its {len(self._summaries)}. Take one that `picture3d data info` lists"
+            )
         reader = LogReader(log_path(self.root, log)) if self._remote is None else self._fetched(self._remote, log)
         if reader.header.log != log or reader.summary != self._summaries[log]:
             reader.close()
@@ -283,9 +290,11 @@ def write_dataset(
     for split, members in splits.items():
         for log in members:
             if log not in logs:
-                raise DataError(f"{root}: split '{split}' names log '{log}', which was not prepared")
+                raise DataError(f"{root}: split '{split}' names log '{log}', which was not prepared. Correct the split.")
             if log in seen:
-                raise DataError(f"{root}: log '{log}' is in split '{seen[log]}' and in split '{split}'")
+                raise DataError(
+                    f"{root}: log '{log}' is in split '{seen[log]}' and in split '{split}'. Leave it in one of the two."
+                )
             seen[log] = split
     kept = {log_path(root, log) for log in logs}
     for stale in (root / "logs").glob("*.p3d*"):

@@ -30,7 +30,7 @@ from picture3d.datasets.prepared import (
     write_dataset,
 )
 from picture3d.errors import DataError
-from picture3d.files import job_share, read_json_object, write_json
+from picture3d.files import job_share, read_json_object, unreadable, write_json
 from picture3d.formats.columns import PLANES, Codec
 from picture3d.structures.frame import Frame
 from picture3d.structures.points import PointCloud
@@ -141,7 +141,7 @@ def write_logs(
     if unfinished:  # the others' part; who comes last goes on
         return summarise(out, logs, logs_made=made, missing_files=missing_files, dropped_points=dropped, set_aside=messages)
     if messages and not logs:
-        raise DataError(f"{out}: no log could be read. {messages[0]}")
+        raise DataError(f"{out}: no log could be read. Mend or remove the first of these and run again: {messages[0]}")
     logs = {plan.header.log: logs[plan.header.log] for plan in everything if plan.header.log in logs}
     splits = {split: [log for log in members if log in logs or not set_aside] for split, members in splits.items()}
     write_dataset(out, name=name, label_set_name=label_set_name, splits=splits, logs=logs)
@@ -267,7 +267,10 @@ def check_clock(times: Sequence[int] | NDArray[np.int64], where: object, unit: s
     if len(wrong):
         at = int(wrong[0]) + 1
         what = "is the time of the sweep before it too" if steps[at - 1] == 0 else "lies before that of the sweep before it"
-        raise DataError(f"{where}: the time of sweep {at}, {times[at]} {unit}, {what}. Times of a log must grow.")
+        raise DataError(
+            f"{where}: the time of sweep {at}, {times[at]} {unit}, {what}. Times of a log must grow. Sort the sweeps by time, "
+            "or correct it."
+        )
 
 
 def previous_sweeps(index: int, sweeps: int) -> tuple[int, ...]:
@@ -334,5 +337,5 @@ def checksum_file(path: Path) -> int:
             while piece := file.read(1 << 20):
                 crc = google_crc32c.extend(crc, piece)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise unreadable(path, error) from error
     return crc

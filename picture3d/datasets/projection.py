@@ -119,7 +119,7 @@ def measure_raw(raw: Path, frames: int, *, xyz_codec: Codec = PLANES, sweeps: in
     """
     kind = kind_of_raw(raw)
     if kind is None:
-        raise DataError(f"{raw}: holds neither raw Waymo nor raw nuScenes, whose full sizes are known.")
+        raise DataError(f"{raw}: holds neither raw Waymo nor raw nuScenes, whose full sizes are known. Name such a folder.")
     before, table_seconds, table_scenes = peak_memory() or 0, 0.0, 0
     if kind == "nuscenes":
         version = max((path.parent for path in raw.glob("v1.0-*/scene.json")), key=_size_of_folder).name
@@ -155,12 +155,14 @@ def measure_prepared(root: Path, frames: int) -> Measured:
     labels = None if dataset.label_set is None else dataset.label_set.name
     kinds: dict[str | None, Kind] = {"waymo": "waymo", "nuscenes-32": "nuscenes"}
     if labels not in kinds:
-        raise DataError(f"{root}: was prepared neither from Waymo nor from nuScenes, whose full sizes are known.")
+        raise DataError(
+            f"{root}: was prepared neither from Waymo nor from nuScenes, whose full sizes are known. Name a folder that was."
+        )
     logs = dataset.logs()
     summaries = [dataset.summary(log) for log in logs]
     total, keyframes = sum(s.frames for s in summaries), sum(len(s.keyframes) for s in summaries)
     if not keyframes:
-        raise DataError(f"{root}: holds no keyframe to measure.")
+        raise DataError(f"{root}: holds no keyframe to measure. Prepare some frames first.")
     size = sum(log_path(root, log).stat().st_size for log in logs)
     seconds, read = _time_reading([log_path(root, log) for log in logs], frames)
     points = sum(s.points for s in summaries)
@@ -218,7 +220,7 @@ def _write(
             if count >= most and frame.is_keyframe:
                 break
     if not keyframes:
-        raise DataError("the raw folder holds no keyframe to measure.")
+        raise DataError("the raw folder holds no keyframe to measure. Download some sweeps first.")
     end = time.process_time()
     # The first frame pays for what is imported and opened once; it is taken to cost what the others do.
     return paths, count, keyframes, points, (end - first) * count / (count - 1) if count > 1 else end - start

@@ -27,7 +27,7 @@ from picture3d.datasets.preparing import (
     refuse_missing,
     write_logs,
 )
-from picture3d.errors import DataError
+from picture3d.errors import FETCH_AGAIN, DataError
 from picture3d.files import read_bounded
 from picture3d.formats.columns import PLANES, Codec
 from picture3d.formats.point_tables import MAX_FILE_BYTES, MAX_TEXT_BYTES
@@ -128,14 +128,14 @@ def read_semantickitti_labels(path: Path) -> tuple[NDArray[np.uint8], NDArray[np
     """
     data = read_bounded(path, max_bytes=MAX_FILE_BYTES)
     if len(data) % 4:
-        raise DataError(f"{path}: {len(data)} bytes are no whole number of uint32; the file is cut off.")
+        raise DataError(f"{path}: {len(data)} bytes are no whole number of uint32; the file is cut off. Copy it again.")
     both = np.frombuffer(data, "<u4")
     classes = _COMPACT[both & 0xFFFF]
     wrong = np.flatnonzero(classes == _UNKNOWN)
     if len(wrong):
         raise DataError(
             f"{path}: class {both[wrong[0]] & 0xFFFF} of point {wrong[0]} (byte {4 * wrong[0]}) is none of the official ids. "
-            "If the labels were already mapped to 0..19, map them back or use `prepare points --label-set plain`."
+            "Take the labels as downloaded; those already mapped to 0..19 go through `prepare points --label-set plain`."
         )
     return classes, (both >> 16).astype(np.uint16)
 
@@ -153,10 +153,14 @@ def read_lidar_calibration(path: Path) -> Pose:
         try:
             matrix = np.array([float(word) for word in values.split()]).reshape(3, 4)
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: expected 12 numbers after 'Tr:' ({error}).") from None
+            raise DataError(
+                f"{path}, line {number}: expected 12 numbers after 'Tr:' ({error}). Download data_odometry_calib again."
+            ) from None
         rotation = matrix[:, :3]
         if not np.isfinite(matrix).all() or np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-2:
-            raise DataError(f"{path}, line {number}: Tr is not a rotation and a translation.")
+            raise DataError(
+                f"{path}, line {number}: Tr is not a rotation and a translation. Download data_odometry_calib again."
+            )
         u, _, vt = np.linalg.svd(rotation)
         return Pose(u @ vt, matrix[:, 3])
     raise DataError(f"{path}: has no line 'Tr:' (camera from LiDAR); download data_odometry_calib again.")
@@ -186,9 +190,12 @@ def list_scans(folder: Path) -> tuple[list[Scan], list[Path]]:
     numbers: dict[int, Path] = {}
     for path in (folder / "velodyne").glob("*.bin"):
         if not path.stem.isdigit():
-            raise DataError(f"{path}: scans are called by their number, 000000.bin, 000001.bin and so on.")
+            raise DataError(
+                f"{path}: scans are called by their number, 000000.bin, 000001.bin and so on. Rename it, or move it out of the "
+                "folder."
+            )
         if int(path.stem) in numbers:
-            raise DataError(f"{path}: has the same number as {numbers[int(path.stem)].name}.")
+            raise DataError(f"{path}: has the same number as {numbers[int(path.stem)].name}. Remove one of the two.")
         numbers[int(path.stem)] = path
     if not numbers:
         return [], []
@@ -197,9 +204,15 @@ def list_scans(folder: Path) -> tuple[list[Scan], list[Path]]:
     lengths = {name: len(v) for name, v in (("poses.txt", poses), ("times.txt", times)) if v is not None}
     for file, length in lengths.items():
         if length <= last:
-            raise DataError(f"{folder / file}: {length} lines, but scan {numbers[last].name} needs line {last + 1}.")
+            raise DataError(
+                f"{folder / file}: {length} lines, but scan {numbers[last].name} needs line {last + 1}. Download the "
+                "calibration (poses and times) again."
+            )
     if len(set(lengths.values())) > 1:
-        raise DataError(f"{folder}: {len(poses or ())} poses in poses.txt, but {len(times or ())} times in times.txt.")
+        raise DataError(
+            f"{folder}: {len(poses or ())} poses in poses.txt, but {len(times or ())} times in times.txt. Download the "
+            "calibration (poses and times) again."
+        )
     has_labels = (folder / "labels").is_dir()
     count = max(lengths.values(), default=last + 1)
     missing: list[Path] = []
@@ -234,9 +247,9 @@ def _times(path: Path) -> list[int] | None:
     try:
         seconds = np.array(read_bounded(path, max_bytes=MAX_TEXT_BYTES).split(), dtype=np.float64)
     except ValueError as error:
-        raise DataError(f"{path}: holds something else than seconds ({error}).") from None
+        raise DataError(f"{path}: holds something else than seconds ({error}). {FETCH_AGAIN}") from None
     if not np.isfinite(seconds).all() or (np.abs(seconds) > 1e10).any():
-        raise DataError(f"{path}: holds a time that is not a number of seconds.")
+        raise DataError(f"{path}: holds a time that is not a number of seconds. {FETCH_AGAIN}")
     times = [round(second * 1e6) for second in seconds.tolist()]
     check_clock(times, path)
     return times
@@ -270,7 +283,9 @@ def frame_of_scan(scan: Scan, log: str, index: int, *, previous: tuple[int, ...]
     if scan.label is not None:
         labels, instances = read_semantickitti_labels(scan.label)
         if len(labels) != len(points):
-            raise DataError(f"{scan.label}: {len(labels)} labels for the {len(points)} points of {scan.path}.")
+            raise DataError(
+                f"{scan.label}: {len(labels)} labels for the {len(points)} points of {scan.path}. Download both again."
+            )
     points, labels, instances, lost = keep_points(finite_points(points), points, labels, instances)
     frame = Frame(
         log=log,

@@ -170,7 +170,10 @@ def measure_intensity(
         if progress is not None:
             progress(done, len(keys))
     if unit is None or not found:
-        raise DataError(f"{dataset.root}: split '{split}' holds no point, so there are no intensities to measure")
+        raise DataError(
+            f"{dataset.root}: split '{split}' holds no point, so there are no intensities to measure. Choose another --split, "
+            "or --split all."
+        )
     values = {sensor: np.concatenate(parts).astype(np.float64) for sensor, parts in found.items()}
     return IntensityTable(
         unit=unit,

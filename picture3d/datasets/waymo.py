@@ -28,7 +28,7 @@ from picture3d.datasets.preparing import (
     refuse_missing,
     write_logs,
 )
-from picture3d.errors import DataError
+from picture3d.errors import FETCH_AGAIN, DataError
 from picture3d.files import read_bounded
 from picture3d.formats.columns import PLANES, Codec
 from picture3d.formats.point_tables import MAX_TEXT_BYTES
@@ -188,7 +188,9 @@ def frame_of_waymo(
     points, labels, instances, lost = keep_points(finite_points(points), points, labels, instances)
     farthest = float(np.abs(points.xyz).max(initial=0))
     if farthest > _FARTHEST_M:
-        raise DataError(f"{where}: a point lies {farthest:.3g} m from the car, in its range images or poses; they see 75 m.")
+        raise DataError(
+            f"{where}: a point lies {farthest:.3g} m from the car, in its range images or poses (they see 75 m). {FETCH_AGAIN}"
+        )
     frame = Frame(
         log=log,
         index=index,
@@ -212,7 +214,10 @@ def boxes_of_labels(labels: LaserLabels, global_from_vehicle: Pose) -> Boxes:
         DataError: if a label is of a type that this version does not know.
     """
     if len(labels) and int(labels.kind.max()) not in CATEGORIES:
-        raise DataError(f"a label is of type {labels.kind.max()}; known are 0 to {max(CATEGORIES)}.")
+        raise DataError(
+            f"a label is of type {labels.kind.max()} (known are 0 to {max(CATEGORIES)}). Use a picture3d that knows this "
+            "version of the data."
+        )
     keep = np.flatnonzero(labels.kind != UNKNOWN)
     # Rows times a rotation: what is global becomes the vehicle's.
     velocity, acceleration = (v @ global_from_vehicle.rotation for v in (labels.velocity, labels.acceleration))
@@ -246,7 +251,7 @@ def _points(raw: WaymoFrame, where: str) -> tuple[PointCloud, NDArray[np.uint8] 
             if image is None:
                 continue
             if name not in raw.calibrations:
-                raise DataError(f"{place}: the frame holds no calibration of it.")
+                raise DataError(f"{place}: the frame holds no calibration of it. {FETCH_AGAIN}")
             if name == TOP and poses is None:
                 poses = _top_poses(raw, place)
             calibration = raw.calibrations[name]
@@ -287,7 +292,7 @@ def _top_poses(raw: WaymoFrame, place: str) -> NDArray[np.float32]:
     if poses is None:
         raise DataError(
             f"{place}: the frame lacks the poses of its pixels (v1: range_image_pose_compressed of the first return; v2: "
-            "lidar_pose), without which its points cannot be placed."
+            f"lidar_pose), without which its points cannot be placed. {FETCH_AGAIN}"
         )
     return poses
 
@@ -296,12 +301,12 @@ def _segmentation(
     image: NDArray[np.integer], shape: Sequence[int], pixel: NDArray[np.int64], place: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
     if image.shape[:2] != tuple(shape):
-        raise DataError(f"{place}: has {image.shape[:2]} pixels, its range image {tuple(shape)}.")
+        raise DataError(f"{place}: has {image.shape[:2]} pixels, its range image {tuple(shape)}. {FETCH_AGAIN}")
     chosen = image.reshape(-1, 2)[pixel]
     for column, (what, largest) in enumerate((("instance", _MAX_INSTANCE), ("class", _MAX_CLASS))):
         strange = chosen[(chosen[:, column] < 0) | (chosen[:, column] > largest), column]
         if len(strange):
-            raise DataError(f"{place}: a point has {what} {strange[0]}; those stored are 0 to {largest}.")
+            raise DataError(f"{place}: a point has {what} {strange[0]} (those stored are 0 to {largest}). {FETCH_AGAIN}")
     return chosen[:, 1].astype(np.uint8), chosen[:, 0].astype(np.uint16)
 
 
@@ -323,7 +328,10 @@ def _frames(path: Path, log: str, split: str, sweeps: int) -> Iterator[tuple[Fra
         where = f"{path}, record {index} at byte {offset}"
         raw = read_frame(payload, where)
         if _SEGMENT.fullmatch(path.stem) and raw.context != log:
-            raise DataError(f"{where}: belongs to segment {raw.context}, not to the one that the file is named after.")
+            raise DataError(
+                f"{where}: belongs to segment {raw.context}, not to the one that the file is named after. Give the file the "
+                "name it was downloaded with."
+            )
         check_clock([raw.timestamp_us] if before is None else [before, raw.timestamp_us], where)
         before = raw.timestamp_us
         yield frame_of_waymo(

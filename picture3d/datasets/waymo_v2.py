@@ -96,7 +96,9 @@ def prepare_waymo_v2(
             settings = {"preparer": _PREPARER, "sweeps": sweeps, "xyz_codec": str(xyz_codec), "split": split}
             plans.append(_plan(raw / folder, segment, name, settings))
     if not plans:
-        raise DataError(f"{raw}: no {LIDAR}/*{SUFFIX} in {', '.join(f'{folder}/' for folder in SPLIT_FOLDERS)}.")
+        raise DataError(
+            f"{raw}: no {LIDAR}/*{SUFFIX} in {', '.join(f'{folder}/' for folder in SPLIT_FOLDERS)}. Name the folder above them."
+        )
     return write_logs(
         out,
         plans,

@@ -194,13 +194,15 @@ def _aligned(labels: DetectionColumns, predictions: DetectionColumns) -> Detecti
         bad = ~finite_rows(getattr(predictions, name))
         if bad.any():
             raise DataError(
-                f"sample {predictions.samples[predictions.sample[bad.argmax()]]}: a prediction's {name} is not finite."
+                f"sample {predictions.samples[predictions.sample[bad.argmax()]]}: a prediction's {name} is not finite. Correct "
+                "or remove the box."
             )
     for boxes, whose in ((predictions, "prediction"), (labels, "label")):
         bad = ~(boxes.size >= 0).all(1)
         if bad.any():
             raise DataError(
-                f"sample {boxes.samples[boxes.sample[bad.argmax()]]}: a {whose}'s size is negative or not a number."
+                f"sample {boxes.samples[boxes.sample[bad.argmax()]]}: a {whose}'s size is negative or not a number. Correct or "
+                "remove the box."
             )
     counts = np.bincount(predictions.sample, minlength=len(predictions.samples))
     if counts.max(initial=0) > MAX_BOXES:

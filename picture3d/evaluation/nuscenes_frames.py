@@ -62,7 +62,10 @@ def labels_of_frame(frame: Frame, token: str) -> DetectionColumns:
     place = f"{frame.log}/{frame.index}"
     boxes, ego = frame.boxes, frame.global_from_ego
     if boxes is None or ego is None:
-        raise DataError(f"frame {place} has no {'boxes' if boxes is None else 'pose'}, so nothing can be scored on it.")
+        raise DataError(
+            f"frame {place} has no {'boxes' if boxes is None else 'pose'}, so nothing can be scored on it. Prepare the data "
+            "with boxes and poses, or score another split."
+        )
     if len(boxes) and (boxes.attribute is None or boxes.num_radar_points is None):
         raise DataError(f"frame {place} has no attributes and radar counts. Run `picture3d prepare nuscenes` again.")
     index = {name: CLASSES.index(target) for name, target in CLASS_OF_CATEGORY.items()} | {BICYCLE_RACK: RACK}
@@ -70,7 +73,10 @@ def labels_of_frame(frame: Frame, token: str) -> DetectionColumns:
     attributes = boxes.attribute or ()
     unknown = set(attributes).difference(ATTRIBUTES, [""])
     if unknown:
-        raise DataError(f"frame {place} has the attribute {min(unknown)!r}; known: {', '.join(ATTRIBUTES)}.")
+        raise DataError(
+            f"frame {place} has the attribute {min(unknown)!r} (known: {', '.join(ATTRIBUTES)}). Run `picture3d prepare "
+            "nuscenes` again on the official tables."
+        )
     radar = np.zeros(len(boxes), np.int32) if boxes.num_radar_points is None else boxes.num_radar_points
     return DetectionColumns(
         samples=(token,),
@@ -102,7 +108,10 @@ def detections_of_frame(frame: Frame, token: str, found: DetectedBoxes, classes:
     if pose is None:
         raise DataError(f"frame {place} has no pose; nuScenes' boxes are in the global frame. Prepare the data with poses.")
     if unknown := set(classes).difference(CLASSES):
-        raise DataError(f"{', '.join(sorted(unknown))}: not a class of the nuScenes challenge, which has {', '.join(CLASSES)}.")
+        raise DataError(
+            f"{', '.join(sorted(unknown))}: not a class of the nuScenes challenge, which has {', '.join(CLASSES)}. Train the "
+            "detector on these, or write --format json."
+        )
     best = np.sort(np.argsort(-found.scores.cpu().numpy(), kind="stable")[:MAX_BOXES])
     boxes = found.boxes.double().cpu().numpy()[best]
     scores = found.scores.double().cpu().numpy()[best]

@@ -109,7 +109,10 @@ class OccupancyMatrix:
             DataError: naming the label that no class has, or the grids that differ.
         """
         if truth.grid != prediction.grid:
-            raise DataError(f"{where or 'scores'}: the truth lies on {truth.grid}, the prediction on {prediction.grid}")
+            raise DataError(
+                f"{where or 'scores'}: the truth lies on {truth.grid}, the prediction on {prediction.grid}. Write predictions "
+                "on the grid of the labels."
+            )
         keys = np.union1d(truth.keys, prediction.keys)
         self._matrix.add(_labels_at(truth, keys), _labels_at(prediction, keys), where=where)
         self._matrix.counts[FREE, FREE] += truth.grid.cells - len(keys)

@@ -101,7 +101,10 @@ class ConfusionMatrix:
             DataError: naming the label that no class has, or the shapes that differ.
         """
         if truth.shape != prediction.shape:
-            raise DataError(f"{where or 'scores'}: truth has shape {truth.shape}, prediction {prediction.shape}")
+            raise DataError(
+                f"{where or 'scores'}: truth has shape {truth.shape}, prediction {prediction.shape}. Give one class for each "
+                "labelled point."
+            )
         truth, prediction = np.asarray(truth).ravel(), np.asarray(prediction).ravel()
         scored = truth != self.ignored
         truth, prediction = truth[scored], prediction[scored]
@@ -134,7 +137,7 @@ class ConfusionMatrix:
 
     def _check(self, what: str, labels: NDArray[np.integer], where: str) -> None:
         if not np.issubdtype(labels.dtype, np.integer):
-            raise DataError(f"{where or 'scores'}: {what} must be integers, got {labels.dtype}")
+            raise DataError(f"{where or 'scores'}: {what} must be integers, got {labels.dtype}. Convert them.")
         if labels.size == 0:
             return
         low, high = int(labels.min()), int(labels.max())

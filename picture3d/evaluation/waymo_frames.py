@@ -24,7 +24,10 @@ def labels_of_frame(frame: Frame) -> WaymoObjects:
         DataError: if the frame has no boxes.
     """
     if frame.boxes is None:
-        raise DataError(f"frame {frame.log}/{frame.index} has no boxes, so nothing can be scored on it.")
+        raise DataError(
+            f"frame {frame.log}/{frame.index} has no boxes, so nothing can be scored on it. Prepare the data with its boxes, "
+            "or score another split."
+        )
     boxes = frame.boxes.select(np.array([name.lower() in KIND_OF_CLASS for name in frame.boxes.category], dtype=bool))
     # Where nobody counted, a box is taken to hold points: it would not count otherwise.
     points = np.where(boxes.num_points < 0, 1, boxes.num_points)
@@ -50,7 +53,10 @@ def detections_of_frame(frame: Frame, found: DetectedBoxes, classes: tuple[str, 
         DataError: if a class is not one of Waymo's, or a number is not finite.
     """
     if unknown := [name for name in classes if name.lower() not in KIND_OF_CLASS]:
-        raise DataError(f"{', '.join(unknown)}: not a class of the Waymo challenge, which has {', '.join(KIND_OF_CLASS)}.")
+        raise DataError(
+            f"{', '.join(unknown)}: not a class of the Waymo challenge, which has {', '.join(KIND_OF_CLASS)}. Train the "
+            "detector on these, or write --format json."
+        )
     boxes, scores = found.boxes.double().cpu().numpy()[:, :7], found.scores.double().cpu().numpy()
     if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
         raise DataError(

@@ -86,7 +86,7 @@ class BlockFile(FramedFile):
             DataError: if there is no such block, or it does not match its checksum.
         """
         if number not in self.blocks:
-            raise DataError(f"{self.path}: there is no block {number}; it has {len(self.blocks)}")
+            raise DataError(f"{self.path}: there is no block {number} of {len(self.blocks)}. {self.kind.mend}")
         block = self.blocks[number]
         return self.read_at(block.offset, block.length, block.crc32c, f"{self.path}: block {number}").tobytes()
 

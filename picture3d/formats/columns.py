@@ -24,8 +24,6 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from picture3d.errors import DataError
-
 STORED_DTYPES = ("|u1", "<u2", "<u4", "<i2", "<i4", "<i8", "<f2", "<f4", "<f8")
 MAX_COLUMN_BYTES = 1 << 30
 # Deflate cannot shrink data by more than about 1032 to 1, so a larger claim is a lie and is refused unread.
@@ -58,7 +56,7 @@ class Codec:
 
     def __post_init__(self) -> None:
         if self.kind is CodecKind.GRID and not (math.isfinite(self.step) and self.step >= 1e-9):
-            raise DataError(f"codec {self.kind}: the step must be a positive number, got {self.step}")
+            raise ValueError(f"codec {self.kind}: the step must be a positive number, got {self.step}")
 
     @property
     def lossless(self) -> bool:
@@ -73,16 +71,14 @@ class Codec:
         """From its name in a file, such as ``zlib-grid:0.001``.
 
         Raises:
-            DataError: if no such codec exists.
+            ValueError: if no such codec exists.
         """
         name, _, parameter = text.partition(":")
         try:
             return Codec(CodecKind(name), float(parameter) if parameter else 0.0)
         except ValueError:
             known = ", ".join(CodecKind)
-            raise DataError(
-                f"unknown codec '{text}'; this version reads {known}. The file may come from a newer version."
-            ) from None
+            raise ValueError(f"unknown codec '{text}'; this version reads {known}") from None
 
 
 RAW = Codec(CodecKind.RAW)
@@ -105,11 +101,11 @@ def encode(column: NDArray[np.generic], codec: Codec, *, level: int = _ZLIB_LEVE
     """The bytes of `column` (any shape with rows first) under `codec`; zlib works harder at a higher `level`.
 
     Raises:
-        DataError: for a dtype that is not stored, or values that `zlib-grid` cannot hold (not float32, NaN, too far away).
+        ValueError: for a dtype that is not stored, or values that `zlib-grid` cannot hold (not float32, NaN, too far away).
     """
     column = np.ascontiguousarray(column, column.dtype.newbyteorder("<"))
     if dtype_name(column.dtype) not in STORED_DTYPES:
-        raise DataError(f"a column of {column.dtype} cannot be stored; use one of {', '.join(STORED_DTYPES)}")
+        raise ValueError(f"a column of {column.dtype} cannot be stored; use one of {', '.join(STORED_DTYPES)}")
     match codec.kind:
         case CodecKind.RAW:
             return column.tobytes()
@@ -125,23 +121,23 @@ def decode(data: bytes | memoryview, codec: Codec, dtype: str, shape: tuple[int,
     """The array of `dtype` and `shape` that :func:`encode` turned into `data`; writable.
 
     Raises:
-        DataError: if the claimed size is absurd or the bytes do not hold exactly that array.
+        ValueError: if the claimed size is absurd or the bytes do not hold exactly that array.
     """
     size = checked_size(dtype, shape)
     match codec.kind:
         case CodecKind.RAW:
             if len(data) != size:
-                raise DataError(f"holds {len(data)} bytes, {dtype} of shape {shape} needs {size}; it is damaged")
+                raise ValueError(f"holds {len(data)} bytes, {dtype} of shape {shape} needs {size}")
             return np.frombuffer(bytearray(data), dtype).reshape(shape)
         case CodecKind.PLANES:
             return _from_planes(_inflate(data, size), dtype, shape)
         case CodecKind.GRID:
             if dtype != "<f4":
-                raise DataError(f"codec {codec} holds <f4, not {dtype}")
+                raise ValueError(f"codec {codec} holds <f4, not {dtype}")
             return _from_grid_steps(_from_planes(_inflate(data, size), "<u4", shape), codec.step)
         case CodecKind.TABLE:
             if dtype != "<f4":
-                raise DataError(f"codec {codec} holds <f4, not {dtype}; the record is damaged")
+                raise ValueError(f"codec {codec} holds <f4, not {dtype}")
             return _from_table(memoryview(data), shape)
 
 
@@ -154,15 +150,15 @@ def checked_size(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of an array of `dtype` and `shape`.
 
     Raises:
-        DataError: if the dtype is not a stored one, a side is negative, or the array exceeds `MAX_COLUMN_BYTES`.
+        ValueError: if the dtype is not a stored one, a side is negative, or the array exceeds `MAX_COLUMN_BYTES`.
     """
     if dtype not in STORED_DTYPES:
-        raise DataError(f"dtype {dtype!r} is not one of {', '.join(STORED_DTYPES)}")
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(STORED_DTYPES)}")
     if not 1 <= len(shape) <= 4 or any(side < 0 or side > MAX_COLUMN_BYTES for side in shape):
-        raise DataError(f"shape {shape} is not one of a stored column")
+        raise ValueError(f"shape {shape} is not one of a stored column")
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size > MAX_COLUMN_BYTES:
-        raise DataError(f"shape {shape} of {dtype} is {size} bytes, more than the {MAX_COLUMN_BYTES} a column may have")
+        raise ValueError(f"shape {shape} of {dtype} is {size} bytes, more than the {MAX_COLUMN_BYTES} a column may have")
     return size
 
 
@@ -179,7 +175,7 @@ _scratch = _Scratch()
 def _inflate(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
     """(size,) uint8, overwritten by the next call of this thread."""
     if size > _MAX_INFLATION * len(data) + 64:
-        raise DataError(f"claims {size} bytes in {len(data)} compressed ones, which zlib cannot hold; it is damaged")
+        raise ValueError(f"claims {size} bytes in {len(data)} compressed ones, which zlib cannot hold")
     out = _scratch.inflated
     if len(out) < size:
         out = np.empty(size, np.uint8)
@@ -197,9 +193,9 @@ def _inflate(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
             out[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
             done += len(piece)
     except zlib.error as error:
-        raise DataError(f"is not a zlib stream ({error}); it is damaged") from None
+        raise ValueError(f"is not a zlib stream ({error})") from None
     if done != size or not inflator.eof or inflator.unused_data:
-        raise DataError(f"inflates to something else than the {size} bytes it should hold; it is damaged")
+        raise ValueError(f"inflates to something else than the {size} bytes it should hold")
     return out[:size]
 
 
@@ -243,10 +239,10 @@ def _from_planes(data: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) ->
 def _to_grid_steps(column: NDArray[np.generic], step: float) -> NDArray[np.uint32]:
     """Differences between rows on the grid, zigzag-coded so that small ones of both signs have empty high bytes."""
     if column.dtype != np.float32:
-        raise DataError(f"codec zlib-grid stores float32, not {column.dtype}")
+        raise ValueError(f"codec zlib-grid stores float32, not {column.dtype}")
     index = np.rint(column.astype(np.float64) / step)
     if not np.all(np.abs(index) < 2**30):  # also False for NaN
-        raise DataError(f"codec zlib-grid:{step!r} cannot hold NaN, infinity or values beyond {step * 2**30:g}")
+        raise ValueError(f"codec zlib-grid:{step!r} cannot hold NaN, infinity or values beyond {step * 2**30:g}")
     delta = np.diff(index.astype(np.int32), axis=0, prepend=np.zeros((1, *column.shape[1:]), np.int32))
     return ((delta << 1) ^ (delta >> 31)).view(np.uint32)
 
@@ -263,10 +259,10 @@ def _from_grid_steps(zigzag: NDArray[np.generic], step: float) -> NDArray[np.flo
 
 def _to_table(column: NDArray[np.generic], level: int) -> bytes:
     if column.dtype != np.float32:
-        raise DataError(f"codec zlib-table stores float32, not {column.dtype}; take zlib-planes")
+        raise ValueError(f"codec zlib-table stores float32, not {column.dtype}; take zlib-planes")
     values, place = np.unique(column.reshape(-1).view(np.uint32), return_inverse=True)
     if len(values) > 1 << 16:
-        raise DataError(f"codec zlib-table holds at most {1 << 16} different values, not {len(values)}; take zlib-planes")
+        raise ValueError(f"codec zlib-table holds at most {1 << 16} different values, not {len(values)}; take zlib-planes")
     planes = _to_planes(place.astype("|u1" if len(values) <= 256 else "<u2"))
     return _TABLE_HEAD.pack(len(values)) + values.astype("<u4").tobytes() + _deflate(planes, level)
 
@@ -274,11 +270,11 @@ def _to_table(column: NDArray[np.generic], level: int) -> bytes:
 def _from_table(data: memoryview, shape: tuple[int, ...]) -> NDArray[np.float32]:
     rows = math.prod(shape)
     if len(data) < _TABLE_HEAD.size:
-        raise DataError(f"holds {len(data)} bytes, too few for a table of values; it is cut off")
+        raise ValueError(f"holds {len(data)} bytes, too few for a table of values")
     (count,) = _TABLE_HEAD.unpack(data[: _TABLE_HEAD.size])
     begin = _TABLE_HEAD.size + 4 * count
     if count > 1 << 16 or begin > len(data) or (rows > 0) > (count > 0):
-        raise DataError(f"claims a table of {count} values in {len(data)} bytes; it is damaged")
+        raise ValueError(f"claims a table of {count} values in {len(data)} bytes")
     values = np.frombuffer(data[_TABLE_HEAD.size : begin], "<f4")
     if rows == 0:
         _inflate(data[begin:], 0)
@@ -293,5 +289,5 @@ def _from_table(data: memoryview, shape: tuple[int, ...]) -> NDArray[np.float32]
         np.left_shift(planes[1], 8, out=places, dtype=np.intp)
         np.bitwise_or(places, planes[0], out=places)
     if rows and int(places.max()) >= count:
-        raise DataError(f"names value {int(places.max())} of a table of {count}; it is damaged")
+        raise ValueError(f"names value {int(places.max())} of a table of {count}")
     return values.take(places).reshape(shape)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from picture3d.errors import ConfigError, DataError
+from picture3d.errors import FETCH_AGAIN, ConfigError, DataError
+from picture3d.files import unreadable
 
 _MAX_ROWS = 1 << 26
 
@@ -29,22 +30,26 @@ def read_feather(path: Path, columns: Mapping[str, str]) -> dict[str, NDArray[An
     import pyarrow as pa
     from pyarrow import ipc
 
-    if not path.is_file():
-        raise DataError(f"{path}: no such file.")
     try:
         with pa.memory_map(str(path)) as source:
             reader = ipc.open_file(source)
             names = reader.schema.names
             absent = [name for name in columns if name not in names]
             if absent:
-                raise DataError(f"{path}: has no column {', '.join(absent)}; its columns are {', '.join(names) or 'none'}.")
+                raise DataError(
+                    f"{path}: has no column {', '.join(absent)} (its columns: {', '.join(names) or 'none'}). {FETCH_AGAIN}"
+                )
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             rows = sum(batch.num_rows for batch in batches)
             if rows > _MAX_ROWS:
-                raise DataError(f"{path}: {rows} rows, more than the {_MAX_ROWS} such a table may have. It was not used.")
+                raise DataError(
+                    f"{path}: {rows} rows, more than the {_MAX_ROWS} such a table may have. Check that this is the right file."
+                )
             table = pa.Table.from_batches(batches, reader.schema).select(list(columns))
             table.validate(full=True)
             return {name: numpy_column(table.column(name), kind, f"{path}, column {name}") for name, kind in columns.items()}
+    except FileNotFoundError as error:
+        raise unreadable(path, error) from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise DataError(f"{path}: not a whole Feather file ({text}). Download it again.") from None
@@ -71,12 +76,12 @@ def numpy_column(column: Any, kind: str, place: str) -> NDArray[Any]:
     import pyarrow.types as types
 
     if column.null_count:
-        raise DataError(f"{place}: {column.null_count} values are absent.")
+        raise DataError(f"{place}: {column.null_count} values are absent. {FETCH_AGAIN}")
     of = column.type
     if kind == "s":
         if not (types.is_string(of) or types.is_large_string(of)):
-            raise DataError(f"{place}: holds {of}, expected text.")
+            raise DataError(f"{place}: holds {of}, expected text. {FETCH_AGAIN}")
         return np.array(column.to_pylist(), dtype=object)
     if not (types.is_integer(of) or (kind == "f" and types.is_floating(of))):
-        raise DataError(f"{place}: holds {of}, expected {'numbers' if kind == 'f' else 'whole numbers'}.")
+        raise DataError(f"{place}: holds {of}, expected {'numbers' if kind == 'f' else 'whole numbers'}. {FETCH_AGAIN}")
     return np.array(column.to_numpy(), dtype=np.int64 if kind == "i" else np.float64)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.errors import DataError
-from picture3d.files import whole_file
+from picture3d.files import unreadable, whole_file
 
 _HEAD = struct.Struct("<8sII")  # mark, version, CRC-32C of the 12 bytes before it
 _TRAILER = struct.Struct("<QQIIII8s")  # index offset, index length, index CRC, entries, version, CRC of the 28 before, mark
@@ -110,7 +110,7 @@ class FramedFile:
         except FileNotFoundError:
             raise DataError(f"{self.path}: no such file. {kind.absent or kind.mend}") from None
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be opened ({error.strerror or error}).") from error
+            raise unreadable(self.path, error) from error
         # Where the index is, how long, its checksum (which stands for the checksums of all pieces), and its entries.
         self.index_at, self._index_bytes, self.crc32c, self.count = self._trailer()
 
@@ -189,7 +189,10 @@ class FramedFile:
             try:
                 count = os.preadv(self._handle, [data.data[done:]], offset + done)
             except OSError as error:
-                raise DataError(f"{self.path}: cannot be read at byte {offset} ({error.strerror or error}).") from error
+                raise DataError(
+                    f"{self.path}: cannot be read at byte {offset} ({error.strerror or error}). Check its permissions and "
+                    "the disk it lies on."
+                ) from error
             if count == 0:
                 break
             done += count

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.errors import DataError
-from picture3d.files import whole_file
+from picture3d.files import unreadable, whole_file
 from picture3d.formats.json_stream import NestedObject
 
 CLASSES = (
@@ -192,9 +192,12 @@ def _check_writable(part: DetectionColumns, path: Path) -> None:
     for name in ("translation", "size", "rotation", "score"):
         bad = ~finite_rows(getattr(part, name))
         if bad.any():
-            raise DataError(f"{path}: sample {part.samples[part.sample[bad.argmax()]]}: a box's {name} is not finite.")
+            raise DataError(
+                f"{path}: sample {part.samples[part.sample[bad.argmax()]]}: a box's {name} is not finite. Correct or remove "
+                "the box."
+            )
     if (part.label == RACK).any():
-        raise DataError(f"{path}: bicycle racks are labels, not detections.")
+        raise DataError(f"{path}: bicycle racks are labels, not detections. Rename the class, or score the file as labels.")
 
 
 def _box(part: DetectionColumns, row: int) -> dict[str, Any]:
@@ -222,14 +225,14 @@ def _read(path: Path, *, labels: bool) -> tuple[DetectionColumns, dict[str, Any]
                     parts.append(_sample(path, keys[1], value, labels=labels))
                 else:
                     tree[keys[0]] = value
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file.") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason}). It is not a results file.") from None
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}). Write it as JSON.") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise unreadable(path, error) from error
     if "results" not in tree:
-        raise DataError(f'{path}: has no "results". A submission is {{"meta": ..., "results": {{sample_token: [boxes]}}}}.')
+        raise DataError(
+            f'{path}: has no "results". Write a submission as {{"meta": ..., "results": {{sample_token: [boxes]}}}}.'
+        )
     meta = tree.get("meta", {} if labels else None)
     if not isinstance(meta, dict):
         raise DataError(f'{path}: has no object "meta" (use_lidar, use_camera, ...). Every submission states it.')
@@ -244,7 +247,7 @@ def _read(path: Path, *, labels: bool) -> tuple[DetectionColumns, dict[str, Any]
 def _take_ego(columns: DetectionColumns, places: Any, path: Path) -> None:
     rows = {token: i for i, token in enumerate(columns.samples)}
     if not isinstance(places, dict):
-        raise DataError(f'{path}: "ego_translation" is not an object of sample token: [x, y, z].')
+        raise DataError(f'{path}: "ego_translation" is not an object of sample token: [x, y, z]. Write it so, or leave it out.')
     for token, place in places.items():
         if token in rows:
             columns.ego[rows[token]] = _numbers(path, token, [{"ego_translation": place}], "ego_translation", 3)[0]
@@ -253,14 +256,12 @@ def _take_ego(columns: DetectionColumns, places: Any, path: Path) -> None:
 def _sample(path: Path, token: str, boxes: Any, *, labels: bool) -> DetectionColumns:
     where = f"{path}: sample {token}"
     if not isinstance(boxes, list) or not all(isinstance(box, dict) for box in boxes):
-        raise DataError(f"{where}: is not a list of boxes.")
+        raise DataError(f"{where}: is not a list of boxes. Write a list, an empty one where nothing was found.")
     if len(boxes) > MAX_BOXES and not labels:
         raise DataError(f"{where}: has {len(boxes)} boxes, {MAX_BOXES} are allowed. Keep the best scores.")
     for index, box in enumerate(boxes):
         if box.get("sample_token", token) != token:
-            raise DataError(
-                f"{where}: box {index}: sample_token is {box['sample_token']!r}. The box is filed under another sample."
-            )
+            raise DataError(f"{where}: box {index}: sample_token is {box['sample_token']!r}. Move the box to its sample.")
     return _columns(boxes, path=path, token=token, labels=labels)
 
 
@@ -320,13 +321,16 @@ def _numbers(path: Path, token: str, boxes: Any, field: str, width: int, *, nan:
         pass
     for index, box in enumerate(boxes):
         if field not in box:
-            raise DataError(f"{path}: sample {token}: box {index}: has no {field}.")
+            raise DataError(f"{path}: sample {token}: box {index}: has no {field}. Add it.")
         value = box[field] if width else [box[field]]
         fits = isinstance(value, list) and len(value) == (width or 1)
         if not fits or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
             wanted = f"{width} numbers" if width else "a number"
-            raise DataError(f"{path}: sample {token}: box {index}: {field} is {box[field]!r}, not {wanted}.")
-    raise DataError(f"{path}: sample {token}: {field} holds numbers too large to be meant.")
+            raise DataError(
+                f"{path}: sample {token}: box {index}: {field} is {box[field]!r}, not {wanted}. Correct it in the "
+                "program that wrote it."
+            )
+    raise DataError(f"{path}: sample {token}: {field} holds numbers too large to be meant. Correct or remove the box.")
 
 
 def _names(path: Path, token: str, boxes: Any, field: str, known: Mapping[str, int]) -> NDArray[np.int64]:
@@ -335,7 +339,8 @@ def _names(path: Path, token: str, boxes: Any, field: str, known: Mapping[str, i
     except (KeyError, TypeError):
         index, box = next((i, b) for i, b in enumerate(boxes) if not isinstance(b.get(field), str) or b[field] not in known)
         raise DataError(
-            f"{path}: sample {token}: box {index}: {field} is {box.get(field)!r}; known: {', '.join(n for n in known if n)}."
+            f"{path}: sample {token}: box {index}: {field} is {box.get(field)!r}. Write one of "
+            f"{', '.join(n for n in known if n)}."
         ) from None
 
 

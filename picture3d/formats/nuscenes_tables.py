@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from picture3d.errors import DataError
-from picture3d.files import read_bounded
+from picture3d.errors import FETCH_AGAIN, DataError
+from picture3d.files import read_bounded, unreadable
 from picture3d.formats.npy import array_of_npy
 from picture3d.structures.poses import Pose
 
@@ -118,7 +118,11 @@ def read_tables(root: Path, version: str, *, channel: str = "LIDAR_TOP") -> RawT
     folder = root / version
     if not folder.is_dir():
         there = sorted(path.name for path in root.glob("v1.0-*")) if root.is_dir() else []
-        found = f"Found {', '.join(there)}." if there else "Is this the folder that holds samples/, sweeps/ and v1.0-*/?"
+        found = (
+            f"Choose --version among {', '.join(there)}."
+            if there
+            else "Name the folder that holds samples/, sweeps/ and v1.0-*/."
+        )
         raise DataError(f"{folder}: no such table folder. {found}")
 
     sensors = _keyed(folder, "sensor", lambda r: _text(r, "channel"))
@@ -223,7 +227,8 @@ def path_inside(root: Path, filename: str) -> Path:
     relative = PurePosixPath(filename)
     if relative.is_absolute() or ".." in relative.parts or "\\" in filename or "\0" in filename or not relative.parts:
         raise DataError(
-            f"{root}: a table names the file {filename!r}, which would lie outside of the dataset. It was not read."
+            f"{root}: a table names the file {filename!r}, which would lie outside of the dataset. Correct the name, or "
+            "download the tables again."
         )
     return root / relative
 
@@ -260,11 +265,11 @@ def read_panoptic(path: Path) -> NDArray[np.uint16]:
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > _MAX_SWEEP_BYTES:
-                raise DataError(f"{path}: would unpack to more than {_MAX_SWEEP_BYTES} bytes. It was not read.")
+                raise DataError(f"{path}: would unpack to more than {_MAX_SWEEP_BYTES} bytes. {FETCH_AGAIN}")
             with archive.open("data.npy") as entry:
                 data = array_of_npy(b"".join(iter(lambda: entry.read(_PIECE_BYTES), b"")))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file.") from None
+    except FileNotFoundError as error:
+        raise unreadable(path, error) from None
     except (OSError, LookupError, ValueError, RuntimeError, EOFError, struct.error, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not a panoptic label file ({error}). Download it again.") from None
     if data.ndim != 1 or data.dtype.kind not in "ui":

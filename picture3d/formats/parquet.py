@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from picture3d.errors import DataError
+from picture3d.errors import FETCH_AGAIN, DataError
 from picture3d.formats.feather import need_pyarrow, numpy_column
 from picture3d.formats.parquet_footer import column_sizes
 
@@ -40,7 +40,9 @@ def open_parquet(path: Path, columns: Sequence[str]) -> Iterator[Any]:
             names = file.schema_arrow.names
             absent = [name for name in columns if name not in names]
             if absent:
-                raise DataError(f"{path}: has no column {', '.join(absent)}; its columns are {', '.join(names) or 'none'}.")
+                raise DataError(
+                    f"{path}: has no column {', '.join(absent)} (its columns: {', '.join(names) or 'none'}). {FETCH_AGAIN}"
+                )
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -69,7 +71,7 @@ def refuse_absurd(path: Path, columns: Sequence[str], most: int) -> None:
         if asked and not 0 <= size.values <= max(size.rows, 1) * most:
             raise DataError(
                 f"{path}: row group {size.row_group} claims {size.values} values of {size.column} in {size.rows} rows, more "
-                f"than {most} in each. It was not read."
+                f"than {most} in each. {FETCH_AGAIN}"
             )
 
 
@@ -88,7 +90,10 @@ def read_parquet(path: Path, columns: Mapping[str, str]) -> dict[str, NDArray[An
     """
     with open_parquet(path, list(columns)) as file:
         if file.metadata.num_rows > _MAX_ROWS:
-            raise DataError(f"{path}: {file.metadata.num_rows} rows, more than the {_MAX_ROWS} such a table may have.")
+            raise DataError(
+                f"{path}: {file.metadata.num_rows} rows, more than the {_MAX_ROWS} such a table may have. Check that this is "
+                "the right file."
+            )
         refuse_absurd(path, list(columns), max(64, _MAX_VALUES // max(1, file.metadata.num_rows)))
         table = file.read(columns=list(columns), use_threads=False)
         table.validate(full=True)
@@ -107,14 +112,14 @@ def _column(column: Any, kind: str, place: str) -> NDArray[Any]:
     if kind not in ("m", "l"):
         return numpy_column(column, kind, place)
     if not (types.is_list(column.type) or types.is_fixed_size_list(column.type)) or not _is_number(column.type.value_type):
-        raise DataError(f"{place}: holds {column.type}, expected lists of numbers.")
+        raise DataError(f"{place}: holds {column.type}, expected lists of numbers. {FETCH_AGAIN}")
     lists = np.empty(len(column), object)
     lists[:] = [None if item is None else np.array(item, np.float64) for item in column.to_pylist()]
     if kind == "l":
         return lists
     wrong = [row for row, item in enumerate(lists) if item is None or item.shape != (16,)]
     if wrong:
-        raise DataError(f"{place}: row {wrong[0]} does not hold the 16 numbers of a 4 x 4 matrix.")
+        raise DataError(f"{place}: row {wrong[0]} does not hold the 16 numbers of a 4 x 4 matrix. {FETCH_AGAIN}")
     return np.stack([np.zeros(16), *lists])[1:]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from picture3d.errors import DataError
+from picture3d.files import unreadable
 
 _MAGIC = b"PAR1"
 _MAX_FOOTER = 1 << 26
@@ -47,7 +48,7 @@ def column_sizes(path: Path) -> list[ColumnSize]:
             file.seek(end - 8 - length)
             data = file.read(length)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise unreadable(path, error) from error
     try:
         footer = _Compact(data).struct()
         return [

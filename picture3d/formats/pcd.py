@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from picture3d.errors import DataError
+from picture3d.errors import WRITE_AGAIN, DataError
 from picture3d.files import read_bounded
 from picture3d.formats.point_tables import MAX_FILE_BYTES, MAX_POINTS, MAX_TEXT_BYTES, PointTable
 
@@ -57,7 +57,7 @@ def read_pcd(path: Path) -> PointTable:
         case "binary_compressed":
             columns = _compressed(body, header, path)
         case other:
-            raise DataError(f"{path}: DATA {other} is not ascii, binary or binary_compressed.")
+            raise DataError(f"{path}: DATA {other} is not ascii, binary or binary_compressed. Store it as one of these.")
     kept = [i for i, name in enumerate(header.fields) if name != "_" and header.counts[i] == 1]
     return {header.fields[i]: columns[i] for i in kept}
 
@@ -68,7 +68,9 @@ def _read_header(raw: bytes, path: Path) -> _Header:
     while "DATA" not in entries:
         end = raw.find(b"\n", start, _MAX_HEADER)
         if end < 0:
-            raise DataError(f"{path}: no PCD header with a DATA line in the first {_MAX_HEADER} bytes. It is not a PCD file.")
+            raise DataError(
+                f"{path}: no PCD header with a DATA line in the first {_MAX_HEADER} bytes. Check that it is a PCD file."
+            )
         words = raw[start:end].decode("latin-1").split()
         start = end + 1
         if words and not words[0].startswith("#"):
@@ -83,15 +85,20 @@ def _read_header(raw: bytes, path: Path) -> _Header:
         data = entries["DATA"][0].lower()
         dtypes = tuple(_DTYPES[kind, size] for kind, size in zip(kinds, sizes, strict=True))
     except (KeyError, ValueError, IndexError) as error:
-        raise DataError(f"{path}: the PCD header lacks or garbles {error}.") from None
+        raise DataError(f"{path}: the PCD header lacks or garbles {error}. {WRITE_AGAIN}") from None
     if not 0 < len(fields) <= _MAX_FIELDS or not len(fields) == len(dtypes) == len(counts):
-        raise DataError(f"{path}: the PCD header names {len(fields)} fields, {len(dtypes)} types and {len(counts)} counts.")
+        raise DataError(
+            f"{path}: the PCD header names {len(fields)} fields, {len(dtypes)} types and {len(counts)} counts. {WRITE_AGAIN}"
+        )
     if len(set(fields) - {"_"}) != sum(field != "_" for field in fields):
-        raise DataError(f"{path}: the PCD header names a field twice: {' '.join(fields)}.")
+        raise DataError(f"{path}: the PCD header names a field twice: {' '.join(fields)}. Rename one of them.")
     if any(not 1 <= count <= 4096 for count in counts):
-        raise DataError(f"{path}: COUNT {counts} in the PCD header is not possible.")
+        raise DataError(f"{path}: COUNT {counts} in the PCD header is not possible. {WRITE_AGAIN}")
     if not 0 <= points <= MAX_POINTS or points != width * height:
-        raise DataError(f"{path}: the PCD header claims {points} points, {width} x {height}; at most {MAX_POINTS} are read.")
+        raise DataError(
+            f"{path}: the PCD header claims {points} points, {width} x {height} (at most {MAX_POINTS} are read). Correct the "
+            "header, or store the points in several sweeps."
+        )
     return _Header(fields, dtypes, counts, points, data, start)
 
 
@@ -99,7 +106,8 @@ def _ascii(body: bytes, header: _Header, path: Path) -> list[NDArray[np.generic]
     width = sum(header.counts)
     if header.points * width * 2 > len(body) + 1:  # a digit and a space is the least a number takes
         raise DataError(
-            f"{path}: {len(body)} bytes of text cannot hold {header.points} points of {width} numbers; it is cut off."
+            f"{path}: {len(body)} bytes of text cannot hold {header.points} points of {width} numbers: it is cut off. "
+            f"{WRITE_AGAIN}"
         )
     if len(body) > MAX_TEXT_BYTES:
         raise DataError(
@@ -108,9 +116,11 @@ def _ascii(body: bytes, header: _Header, path: Path) -> list[NDArray[np.generic]
     try:
         numbers = np.array(body.split(), dtype=np.float64)
     except ValueError as error:
-        raise DataError(f"{path}: the ascii data hold something else than numbers ({error}).") from None
+        raise DataError(f"{path}: the ascii data hold something else than numbers ({error}). {WRITE_AGAIN}") from None
     if len(numbers) != header.points * width:
-        raise DataError(f"{path}: {len(numbers)} numbers, {header.points} points need {header.points * width}. It is cut off.")
+        raise DataError(
+            f"{path}: {len(numbers)} numbers, {header.points} points need {header.points * width}. It is cut off. {WRITE_AGAIN}"
+        )
     table = numbers.reshape(header.points, width)
     starts = np.cumsum([0, *header.counts[:-1]])
     with np.errstate(invalid="ignore", over="ignore"):
@@ -121,7 +131,8 @@ def _binary(body: memoryview, header: _Header, path: Path) -> list[NDArray[np.ge
     record = header.record
     if len(body) < header.points * record.itemsize:
         raise DataError(
-            f"{path}: {len(body)} bytes of data, {header.points} points need {header.points * record.itemsize}. It is cut off."
+            f"{path}: {len(body)} bytes of data, {header.points} points need {header.points * record.itemsize}. It is cut off. "
+            f"{WRITE_AGAIN}"
         )
     rows = np.frombuffer(body, record, header.points)
     return [np.ascontiguousarray(rows[f"{i}"][:, 0]) for i in range(len(header.fields))]
@@ -131,12 +142,12 @@ def _compressed(body: memoryview, header: _Header, path: Path) -> list[NDArray[n
     """Fields one after the other (all x, then all y, ...), then LZF."""
     expected = header.points * header.record.itemsize
     if len(body) < 8:
-        raise DataError(f"{path}: the compressed data are cut off before their sizes.")
+        raise DataError(f"{path}: the compressed data are cut off before their sizes. {WRITE_AGAIN}")
     packed, unpacked = struct.unpack_from("<II", body)
     if unpacked != expected or packed > len(body) - 8:
         raise DataError(
-            f"{path}: claims {packed} compressed and {unpacked} plain bytes; the file has {len(body) - 8} and "
-            f"{header.points} points need {expected}. It is cut off or damaged."
+            f"{path}: claims {packed} compressed and {unpacked} plain bytes; the file has {len(body) - 8} and {header.points} "
+            f"points need {expected}. It is cut off or damaged. {WRITE_AGAIN}"
         )
     data = lzf_decompress(bytes(body[8 : 8 + packed]), expected, str(path))
     columns, start = [], 0
@@ -187,7 +198,7 @@ def lzf_decompress(data: bytes, size: int, place: str) -> bytes:
                     out[write : write + length] = (pattern * (length // distance + 1))[:length]
             write += length
     except IndexError:
-        raise DataError(f"{place}: the compressed data are damaged at byte {read} of {end}.") from None
+        raise DataError(f"{place}: the compressed data are damaged at byte {read} of {end}. {WRITE_AGAIN}") from None
     if write != size:
-        raise DataError(f"{place}: the compressed data give {write} bytes instead of {size}; they are cut off.")
+        raise DataError(f"{place}: the compressed data give {write} bytes instead of {size}; they are cut off. {WRITE_AGAIN}")
     return bytes(out)

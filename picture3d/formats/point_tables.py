@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.errors import DataError
-from picture3d.files import read_bounded
+from picture3d.files import read_bounded, unreadable
 
 PointTable = dict[str, NDArray[np.generic]]
 
@@ -49,8 +49,8 @@ def read_bin(path: Path, layout: tuple[str, ...]) -> PointTable:
     row = 4 * len(layout)
     if len(data) % row:
         raise DataError(
-            f"{path}: {len(data)} bytes are no whole number of rows of {len(layout)} float32 ({','.join(layout)}). "
-            "The file is cut off, or the layout is another."
+            f"{path}: {len(data)} bytes are no whole number of rows of {len(layout)} float32 ({','.join(layout)}). Copy the "
+            "file again if it is cut off, or state its columns with --layout."
         )
     return _named(np.frombuffer(data, "<f4").reshape(-1, len(layout)), layout)
 
@@ -64,7 +64,10 @@ def read_npy(path: Path, layout: tuple[str, ...]) -> PointTable:
     array = read_npy_array(path)
     if array.dtype.names:
         if array.ndim != 1 or any(array.dtype[name].kind not in "fiu" or array.dtype[name].shape for name in array.dtype.names):
-            raise DataError(f"{path}: a structured array of points needs one number per name, found {array.dtype}")
+            raise DataError(
+                f"{path}: a structured array of points needs one number per name, found {array.dtype}. Save it with a number "
+                "per name."
+            )
         return {name: np.ascontiguousarray(array[name]) for name in array.dtype.names}
     if array.ndim != 2 or array.shape[1] != len(layout) or array.dtype.kind not in "fiu":
         raise DataError(
@@ -82,12 +85,12 @@ def read_npy_array(path: Path) -> NDArray[Any]:
     """
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{path}: more than the {MAX_FILE_BYTES} bytes such a file may have. It was not read.")
+            raise DataError(f"{path}: more than the {MAX_FILE_BYTES} bytes such a file may have. Check that it is one sweep.")
         # Mapped, not read: numpy would allocate whatever size the header claims before it finds the file shorter.
         mapped = np.lib.format.open_memmap(path, mode="r")
         return np.array(mapped)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file.") from None
+    except FileNotFoundError as error:
+        raise unreadable(path, error) from None
     except (
         OSError, ValueError, TypeError, SyntaxError, EOFError, OverflowError, MemoryError, RecursionError, tokenize.TokenError
     ) as error:  # fmt: skip

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from picture3d.errors import DataError
+from picture3d.errors import FETCH_AGAIN, DataError
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 _MAX_VARINT_BYTES = 10
@@ -59,7 +59,9 @@ class Reader:
                 key, position = self._varint(key_at, stop)
             number, wire_type = key >> 3, key & 7
             if number == 0:
-                raise DataError(f"{self.where}: field number 0 at byte {key_at}; this is not the message it should be")
+                raise DataError(
+                    f"{self.where}: field number 0 at byte {key_at}: this is not the message it should be. {FETCH_AGAIN}"
+                )
             value = 0
             begin = position
             if wire_type == VARINT:
@@ -72,7 +74,9 @@ class Reader:
             elif wire_type == FIXED32:
                 position += 4
             else:
-                raise DataError(f"{self.where}: wire type {wire_type} at byte {key_at}; this is not the message it should be")
+                raise DataError(
+                    f"{self.where}: wire type {wire_type} at byte {key_at}: this is not the message it should be. {FETCH_AGAIN}"
+                )
             if position > stop:
                 raise DataError(
                     f"{self.where}: cut off: field {number} at byte {key_at} ends at byte {position}, "
@@ -110,7 +114,9 @@ class Reader:
         try:
             return str(self.data(field), "utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.where}: field {field.number} at byte {field.start} is not UTF-8 text") from error
+            raise DataError(
+                f"{self.where}: field {field.number} at byte {field.start} is not UTF-8 text. {FETCH_AGAIN}"
+            ) from error
 
     def message(self, field: Field) -> Iterator[Field]:
         """The fields of the message inside `field`; raises DataError on another wire type or a damaged message."""
@@ -141,15 +147,16 @@ class Reader:
         raw = self.buffer[field.start : field.stop]
         if len(raw) % np.dtype(dtype).itemsize:
             raise DataError(
-                f"{self.where}: packed field {field.number} at byte {field.start} has {len(raw)} bytes, not whole numbers"
+                f"{self.where}: packed field {field.number} at byte {field.start} has {len(raw)} bytes, not whole numbers. "
+                f"{FETCH_AGAIN}"
             )
         return np.frombuffer(raw, dtype=dtype)
 
     def _expect(self, field: Field, wire_type: int) -> None:
         if field.wire_type != wire_type:
             raise DataError(
-                f"{self.where}: field {field.number} at byte {field.start} has wire type {field.wire_type}, "
-                f"not {wire_type}; this is not the message it should be"
+                f"{self.where}: field {field.number} at byte {field.start} has wire type {field.wire_type}, not {wire_type}: "
+                f"this is not the message it should be. {FETCH_AGAIN}"
             )
 
     def _varint(self, position: int, stop: int) -> tuple[int, int]:
@@ -162,7 +169,7 @@ class Reader:
                 return value & 0xFFFF_FFFF_FFFF_FFFF, position
             shift += 7
             if position - begin == _MAX_VARINT_BYTES:
-                raise DataError(f"{self.where}: a number at byte {begin} is longer than 10 bytes; the file is damaged")
+                raise DataError(f"{self.where}: a number at byte {begin} is longer than 10 bytes. {FETCH_AGAIN}")
         raise DataError(f"{self.where}: cut off inside the number at byte {begin}; fetch the file again")
 
 
@@ -183,7 +190,7 @@ def unpack_varints(data: bytes | memoryview, where: str = "message", offset: int
     lengths = ends - starts + 1
     if lengths.max() > _MAX_VARINT_BYTES:
         begin = offset + int(starts[lengths > _MAX_VARINT_BYTES][0])
-        raise DataError(f"{where}: a number at byte {begin} is longer than 10 bytes; the file is damaged")
+        raise DataError(f"{where}: a number at byte {begin} is longer than 10 bytes. {FETCH_AGAIN}")
     place = np.arange(raw.size) - np.repeat(starts, lengths)
     return np.add.reduceat((raw & 0x7F).astype(np.uint64) << (7 * place).astype(np.uint64), starts)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from picture3d.errors import DataError
+from picture3d.errors import FETCH_AGAIN, DataError
 from picture3d.structures.poses import Pose
 
 # Points at a time: what is computed in between stays in the cache, which halves the time.
@@ -58,14 +58,18 @@ def points_of_range_image(
         DataError: if the shapes do not belong together.
     """
     if image.ndim != 3 or image.shape[2] != 4 or inclinations.shape != image.shape[:1]:
-        raise DataError(f"{where}: shape {image.shape} and {len(inclinations)} inclinations do not make a range image.")
+        raise DataError(
+            f"{where}: shape {image.shape} and {len(inclinations)} inclinations do not make a range image. {FETCH_AGAIN}"
+        )
     height, width = image.shape[:2]
     poses = None
     if pixel_poses is not None:
         if global_from_vehicle is None:
             raise ValueError("pixel_poses need global_from_vehicle")
         if pixel_poses.shape != (height, width, 6):
-            raise DataError(f"{where}: the poses of its pixels have shape {pixel_poses.shape}, expected {(height, width, 6)}.")
+            raise DataError(
+                f"{where}: the poses of its pixels have shape {pixel_poses.shape}, expected {(height, width, 6)}. {FETCH_AGAIN}"
+            )
         poses = pixel_poses.reshape(-1, 6)
     values = image.reshape(-1, 4)
     pixel = np.flatnonzero(values[:, 0] > 0)

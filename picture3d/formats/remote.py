@@ -87,7 +87,9 @@ class LogCache:
             if not 0 < limit < float("inf"):
                 raise ValueError
         except ValueError:
-            raise ConfigError(f"PICTURE3D_CACHE_GB={given}: expected a number of gigabytes above 0") from None
+            raise ConfigError(
+                f"PICTURE3D_CACHE_GB={given}: not a number of gigabytes above 0. Set it to one, or unset it"
+            ) from None
         folder = os.environ.get("PICTURE3D_CACHE") or str(Path.home() / ".cache" / "picture3d")
         return LogCache(Path(folder), int(limit * 1e9))
 
@@ -251,7 +253,9 @@ class RemoteFolder:
         try:
             import fsspec
         except ImportError:
-            raise ConfigError(f"{self.url}: reading from elsewhere needs fsspec: pip install 'picture3d[remote]'") from None
+            raise ConfigError(
+                f"{self.url}: reading from elsewhere needs fsspec. Install it: pip install 'picture3d[remote]'"
+            ) from None
         options: dict[str, Any] = {}
         block = 1 << 23
         try:
@@ -265,7 +269,7 @@ class RemoteFolder:
         except ImportError as error:
             raise ConfigError(f"{self.url}: a package is missing to read from there ({error}). Install it with pip.") from None
         except ValueError as error:
-            raise ConfigError(f"{self.url}: {error}. A root is a folder, or a URL that fsspec knows.") from None
+            raise ConfigError(f"{self.url}: {error}. Name a folder, or a URL that fsspec knows.") from None
         return files.open(path, "rb", block_size=block)
 
     def _tried(self, name: str, action: Callable[[], Any]) -> Any:
@@ -371,5 +375,6 @@ def _handle(path: Path) -> int | None:
         return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}). PICTURE3D_CACHE names the folder for fetched logs."
+            f"{path}: cannot be written ({error.strerror or error}). Free some space, or name another folder for fetched logs "
+            "with PICTURE3D_CACHE."
         ) from error

@@ -16,8 +16,8 @@ from typing import BinaryIO, Self
 
 import google_crc32c
 
-from picture3d.errors import DataError
-from picture3d.files import whole_file
+from picture3d.errors import FETCH_AGAIN, DataError
+from picture3d.files import unreadable, whole_file
 
 # The largest frames of the Waymo Open Dataset have 10 to 20 MB; a damaged length must not ask for the whole memory.
 MAX_RECORD_BYTES = 1 << 28
@@ -52,10 +52,8 @@ def read_records(path: Path, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[t
                 payload = _read_record(path, file, offset, size, max_bytes)
                 yield offset, payload
                 offset += _HEADER.size + len(payload) + _CHECKSUM.size
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file.") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise unreadable(path, error) from error
 
 
 def record_lengths(path: Path, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[tuple[int, int]]:
@@ -79,10 +77,8 @@ def record_lengths(path: Path, *, max_bytes: int = MAX_RECORD_BYTES) -> Iterator
                     raise _cut_off(path, offset, end, end - _CHECKSUM.size + len(tail))
                 yield length, _CHECKSUM.unpack(tail)[0]
                 offset = end
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file.") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise unreadable(path, error) from error
 
 
 def _read_header(path: Path, file: BinaryIO, offset: int, size: int, max_bytes: int) -> tuple[int, int]:
@@ -98,8 +94,8 @@ def _read_header(path: Path, file: BinaryIO, offset: int, size: int, max_bytes: 
         )
     if length > max_bytes:
         raise DataError(
-            f"{path}: the record at byte {offset} says it has {length} bytes, more than the {max_bytes} a record may have; "
-            "it was not read. The file is damaged, or not what its name says."
+            f"{path}: the record at byte {offset} says it has {length} bytes, more than the {max_bytes} a record may have; it "
+            f"was not read. {FETCH_AGAIN}"
         )
     end = offset + _HEADER.size + length + _CHECKSUM.size
     if end > size:
@@ -155,7 +151,10 @@ class RecordWriter:
         if self._file is None:
             raise RuntimeError("RecordWriter.write is for use inside its with block.")
         if len(payload) > MAX_RECORD_BYTES:
-            raise DataError(f"{self._path}: a record of {len(payload)} bytes; at most {MAX_RECORD_BYTES} can be read again.")
+            raise DataError(
+                f"{self._path}: a record of {len(payload)} bytes, but at most {MAX_RECORD_BYTES} can be read again. Write it "
+                "as several."
+            )
         length = _LENGTH.pack(len(payload))
         self._file.write(length + _CHECKSUM.pack(masked_crc32c(length)))
         self._file.write(payload)

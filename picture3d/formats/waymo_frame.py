@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from picture3d.errors import DataError
+from picture3d.errors import FETCH_AGAIN, DataError
 from picture3d.formats.protobuf_wire import Field, Reader
 from picture3d.formats.waymo_matrix import read_pixel_poses, read_range_image, read_segmentation
 from picture3d.structures.poses import Pose
@@ -48,12 +48,14 @@ class LaserCalibration:
             if len(self.beam_inclinations) != height:
                 raise DataError(
                     f"{where}: the range image has {height} rows, but the calibration gives the inclinations of "
-                    f"{len(self.beam_inclinations)} beams."
+                    f"{len(self.beam_inclinations)} beams. {FETCH_AGAIN}"
                 )
             return self.beam_inclinations
         low, high = self.inclination_min, self.inclination_max
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise DataError(f"{where}: the calibration gives neither beam inclinations nor a range of them ({low} to {high}).")
+            raise DataError(
+                f"{where}: the calibration gives neither beam inclinations nor a range of them ({low} to {high}). {FETCH_AGAIN}"
+            )
         return low + (np.arange(height) + 0.5) / height * (high - low)
 
 
@@ -162,7 +164,7 @@ def read_frame(data: bytes | memoryview, where: str = "frame") -> WaymoFrame:
                     continue
                 name, returns = _laser(reader, field)
                 if name in lasers:
-                    raise DataError(f"{where}: LiDAR {name} occurs twice, again at byte {field.start}.")
+                    raise DataError(f"{where}: LiDAR {name} occurs twice, again at byte {field.start}. {FETCH_AGAIN}")
                 lasers[name] = returns
             case 6:
                 labels.append(field)
@@ -170,7 +172,7 @@ def read_frame(data: bytes | memoryview, where: str = "frame") -> WaymoFrame:
                 zones.append(_zone(reader, field))
     if not context or timestamp is None or pose is None:
         what = "context name (1.1)" if not context else "timestamp (2)" if timestamp is None else "pose (3)"
-        raise DataError(f"{where}: holds no {what}; this is not a Frame of the Waymo Open Dataset v1.x.")
+        raise DataError(f"{where}: holds no {what}: this is not a Frame of the Waymo Open Dataset v1.x. {FETCH_AGAIN}")
     return WaymoFrame(context, timestamp, pose, calibrations, lasers, _labels(reader, labels), tuple(zones))
 
 
@@ -182,7 +184,9 @@ def _context(reader: Reader, field: Field) -> tuple[str, dict[int, LaserCalibrat
         elif inner.number == 3:
             calibration = _calibration(reader, inner)
             if calibration.name in calibrations:
-                raise DataError(f"{reader.where}: LiDAR {calibration.name} is calibrated twice, again at byte {inner.start}.")
+                raise DataError(
+                    f"{reader.where}: LiDAR {calibration.name} is calibrated twice, again at byte {inner.start}. {FETCH_AGAIN}"
+                )
             calibrations[calibration.name] = calibration
     return name, calibrations
 
@@ -204,11 +208,15 @@ def _calibration(reader: Reader, field: Field) -> LaserCalibration:
             case 5:
                 extrinsic = _transform(reader, inner, f"extrinsic of LiDAR {name}")
     if name not in LASER_NAMES or extrinsic is None:
-        raise DataError(f"{reader.where}: the laser calibration at byte {field.start} is of LiDAR {name}, or has no extrinsic.")
+        raise DataError(
+            f"{reader.where}: the laser calibration at byte {field.start} is of LiDAR {name}, or has no extrinsic. "
+            f"{FETCH_AGAIN}"
+        )
     inclinations = np.concatenate([np.zeros(0), *beams])
     if not np.isfinite(inclinations).all():
         raise DataError(
-            f"{reader.where}: a beam inclination of LiDAR {name} is not finite, in bytes {field.start} to {field.stop}."
+            f"{reader.where}: a beam inclination of LiDAR {name} is not finite, in bytes {field.start} to {field.stop}. "
+            f"{FETCH_AGAIN}"
         )
     return LaserCalibration(name, inclinations, low, high, extrinsic)
 
@@ -225,13 +233,13 @@ def pose_of_numbers(values: NDArray[np.float64], place: str) -> Pose:
         DataError: (naming `place`) if they are not 16, or no rotation and translation.
     """
     if values.size != 16:
-        raise DataError(f"{place} has {values.size} numbers, expected the 16 of a 4 x 4 matrix.")
+        raise DataError(f"{place} has {values.size} numbers, expected the 16 of a 4 x 4 matrix. {FETCH_AGAIN}")
     matrix = values.reshape(4, 4)
     rotation = matrix[:3, :3]
     believable = np.isfinite(values).all() and np.abs(rotation).max() < 1 + _RIGID_TOLERANCE
     off = np.abs(rotation @ rotation.T - np.eye(3)).max() if believable else np.inf
     if not off < _RIGID_TOLERANCE or np.linalg.det(rotation) < 0 or not np.array_equal(matrix[3], [0, 0, 0, 1]):
-        raise DataError(f"{place} is not a rotation and a translation; the file is damaged.")
+        raise DataError(f"{place} is not a rotation and a translation. {FETCH_AGAIN}")
     return Pose(rotation, matrix[:3, 3])
 
 
@@ -246,7 +254,7 @@ def _laser(reader: Reader, field: Field) -> tuple[int, tuple[CompressedReturn, C
             streams = {part.number: reader.data(part) for part in reader.message(inner) if part.number in (2, 4, 6)}
             returns[inner.number - 2] = CompressedReturn(*(streams.get(number, memoryview(b"")) for number in (2, 4, 6)))
     if name not in LASER_NAMES:
-        raise DataError(f"{reader.where}: there is no LiDAR {name} (byte {field.start}); known are 1 to 5.")
+        raise DataError(f"{reader.where}: LiDAR {name} at byte {field.start} is none of 1 to 5. {FETCH_AGAIN}")
     return name, (returns[0], returns[1])
 
 
@@ -260,7 +268,7 @@ def _zone(reader: Reader, field: Field) -> NoLabelZone:
             name = reader.text(inner)
     x, y = np.concatenate(sides[1]), np.concatenate(sides[2])
     if len(x) != len(y):
-        raise DataError(f"{reader.where}: the no-label zone at byte {field.start} has {len(x)} x but {len(y)} y.")
+        raise DataError(f"{reader.where}: the no-label zone at byte {field.start} has {len(x)} x but {len(y)} y. {FETCH_AGAIN}")
     return NoLabelZone(name, np.stack([x, y], 1))
 
 
@@ -287,9 +295,9 @@ def _labels(reader: Reader, fields: list[Field]) -> LaserLabels:
         names.append(name)
         place = f"{reader.where}: label '{name}' (bytes {field.start} to {field.stop})"
         if not np.isfinite(box[row]).all() or box[row, 3:6].min() < 0:
-            raise DataError(f"{place} has a box that lacks a number, or of a negative size.")
+            raise DataError(f"{place} has a box that lacks a number, or of a negative size. {FETCH_AGAIN}")
         if not ((integers[row, :3] >= 0) & (integers[row, :3] <= _INT8)).all() or (abs(integers[row, 3:]) > _INT32).any():
-            raise DataError(f"{place} has a type, difficulty or count that cannot be: {integers[row].tolist()}.")
+            raise DataError(f"{place} has a type, difficulty or count that cannot be: {integers[row].tolist()}. {FETCH_AGAIN}")
     return LaserLabels(
         center=box[:, :3],
         size=box[:, [4, 3, 5]],

@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from picture3d.errors import DataError
+from picture3d.errors import FETCH_AGAIN, DataError
 from picture3d.formats.protobuf_wire import Field, Reader
 
 RANGE_CHANNELS, POSE_CHANNELS, SEGMENTATION_CHANNELS = 4, 6, 2
@@ -62,10 +62,11 @@ def inflate(stream: memoryview, max_bytes: int, where: str) -> bytes:
     try:
         content = inflator.decompress(stream, max_bytes + 1)
     except zlib.error as error:
-        raise DataError(f"{where}: is not a zlib stream ({error}); the file is damaged, fetch it again.") from None
+        raise DataError(f"{where}: is not a zlib stream ({error}). {FETCH_AGAIN}") from None
     if len(content) > max_bytes:
         raise DataError(
-            f"{where}: inflates to more than the {max_bytes} bytes it may have and was not read; do not trust the file."
+            f"{where}: inflates to more than the {max_bytes} bytes it may have and was not read. Download it again, from the "
+            "official place."
         )
     if not inflator.eof or inflator.unused_data:
         raise DataError(f"{where}: the zlib stream of {len(stream)} bytes does not end where it should; fetch the file again.")
@@ -92,7 +93,8 @@ def _matrix(reader: Reader, channels: int) -> tuple[list[Field], tuple[int, int,
                     dims += reader.integers(inner)[:4].tolist() if len(dims) < 4 else []
     if len(dims) != 3 or dims[2] != channels or min(dims) < 1 or dims[0] * dims[1] > MAX_PIXELS:
         raise DataError(
-            f"{reader.where}: has shape {tuple(dims)}, expected (rows, columns, {channels}) of at most {MAX_PIXELS} pixels."
+            f"{reader.where}: has shape {tuple(dims)}, expected (rows, columns, {channels}) of at most {MAX_PIXELS} pixels. "
+            f"{FETCH_AGAIN}"
         )
     return pieces, (dims[0], dims[1], dims[2])
 
@@ -101,5 +103,5 @@ def _joined(pieces: list[NDArray], dtype: np.dtype, shape: tuple[int, int, int],
     # Packed data are one piece and are not copied.
     values = pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, dtype), *pieces])
     if values.size != math.prod(shape):
-        raise DataError(f"{where}: holds {values.size} numbers, its shape {shape} needs {math.prod(shape)}.")
+        raise DataError(f"{where}: holds {values.size} numbers, its shape {shape} needs {math.prod(shape)}. {FETCH_AGAIN}")
     return values.reshape(shape)

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from picture3d.errors import DataError
+from picture3d.errors import WRITE_AGAIN, DataError
+from picture3d.files import unreadable
 from picture3d.formats import protobuf_wire as wire
 from picture3d.formats.protobuf_columns import FieldColumns, doubles, field_columns, floats
 from picture3d.formats.waymo_objects import BOX_COLUMN, WaymoObjects
@@ -227,7 +228,10 @@ class _Columns:
             elif part.number in _OF_OBJECT:
                 self._fill_one(reader, part, _OF_OBJECT[part.number], row)
         if not labelled:
-            raise DataError(f"{reader.where}: the object at byte {message.start} has no label; is this an Objects file?")
+            raise DataError(
+                f"{reader.where}: the object at byte {message.start} has no label. Check that it is an Objects file, as "
+                "`picture3d predict` and the official tools write them."
+            )
 
     def _read_one_box(self, reader: wire.Reader, box: wire.Field, row: int) -> None:
         for value in reader.message(box):
@@ -244,7 +248,7 @@ class _Columns:
                 value = reader.signed(part)
                 if field.bound is not None and not -field.bound <= value < field.bound:
                     place = f"{reader.where}: field {part.number} at byte {part.start}"
-                    raise DataError(f"{place} holds {value}; the file is damaged")
+                    raise DataError(f"{place} holds {value}. {WRITE_AGAIN}")
                 self.integers[field.column][row] = value
 
 
@@ -255,7 +259,7 @@ def _mapped(path: Path) -> bytes | mmap.mmap:
                 return b""
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        raise unreadable(path, error) from error
 
 
 def _parts(data: bytes | mmap.mmap, where: str, begin: int, end: int) -> Iterator[tuple[_Spans, WaymoObjects]]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from picture3d.errors import DataError
+from picture3d.errors import FETCH_AGAIN, DataError
 from picture3d.formats.parquet import open_parquet, read_parquet, refuse_absurd, rows_of
 from picture3d.formats.waymo_frame import (
     LASER_NAMES,
@@ -153,21 +153,23 @@ class ImageRows:
         self._times, lasers = keys[_TIME], keys[_LASER]
         strange = sorted(set(lasers.tolist()) - LASER_NAMES.keys())
         if strange:
-            raise DataError(f"{path}: there is no LiDAR {strange[0]}; known are 1 to 5.")
+            raise DataError(f"{path}: LiDAR {strange[0]} is none of 1 to 5. {FETCH_AGAIN}")
         present = sorted(set(lasers.tolist()))
         groups = [present] if (np.diff(self._times) >= 0).all() else [[laser] for laser in present]
         for laser in present:
             wrong = np.flatnonzero(np.diff(self._times[lasers == laser]) <= 0)
             if len(wrong):
                 row = np.flatnonzero(lasers == laser)[wrong[0] + 1]
-                raise DataError(f"{path}, row {row}: LiDAR {laser} is not in order of time there, or occurs twice.")
+                raise DataError(
+                    f"{path}, row {row}: LiDAR {laser} is not in order of time there, or occurs twice. {FETCH_AGAIN}"
+                )
         self._streams = [_Ahead(self._rows(group)) for group in groups]
 
     def refuse_other_times(self, frames: dict[int, Pose]) -> None:
         """Every row must belong to a frame."""
         for time in self._times.tolist():
             if time not in frames:
-                raise DataError(f"{self._path}: a row of time {time} us, at which {VEHICLE_POSE} has no frame.")
+                raise DataError(f"{self._path}: a row of time {time} us, at which {VEHICLE_POSE} has no frame. {FETCH_AGAIN}")
 
     def take(self, time: int) -> dict[int, tuple[NDArray[Any] | None, ...]]:
         """LiDAR -> the images of its returns at that time; to be asked in order of time."""
@@ -205,16 +207,20 @@ class ImageRows:
         if not values.is_valid:
             return None
         if not isinstance(values, pa.ListScalar) or not isinstance(shape, pa.ListScalar) or not shape.is_valid:
-            raise DataError(f"{place}: expected a list of numbers, and a shape beside it.")
+            raise DataError(f"{place}: expected a list of numbers, and a shape beside it. {FETCH_AGAIN}")
         dims, stored, channels = tuple(shape.as_py()), values.values, self._images.channels
         if len(dims) != 3 or None in dims or dims[2] != channels or min(dims) < 1 or dims[0] * dims[1] > MAX_PIXELS:
-            raise DataError(f"{place}: has shape {dims}, expected (rows, columns, {channels}) of at most {MAX_PIXELS} pixels.")
+            raise DataError(
+                f"{place}: has shape {dims}, expected (rows, columns, {channels}) of at most {MAX_PIXELS} pixels. {FETCH_AGAIN}"
+            )
         whole = self._images.dtype is np.int32
         if stored.null_count or not (pa.types.is_integer(stored.type) if whole else pa.types.is_float32(stored.type)):
             wanted = "whole numbers" if whole else "float"
-            raise DataError(f"{place}: holds {stored.type}, {stored.null_count} of them absent; expected {wanted}.")
+            raise DataError(
+                f"{place}: holds {stored.type}, {stored.null_count} of them absent; expected {wanted}. {FETCH_AGAIN}"
+            )
         if len(stored) != math.prod(dims):
-            raise DataError(f"{place}: holds {len(stored)} numbers, its shape {dims} needs {math.prod(dims)}.")
+            raise DataError(f"{place}: holds {len(stored)} numbers, its shape {dims} needs {math.prod(dims)}. {FETCH_AGAIN}")
         return stored.to_numpy(zero_copy_only=True).reshape(dims)
 
 
@@ -235,14 +241,17 @@ def _vehicle_poses(path: Path, segment: str) -> dict[int, Pose]:
     rows = read_parquet(path, {_NAME: "s", _TIME: "i", column: "m"})
     others = sorted(set(rows[_NAME].tolist()) - {segment})
     if others:
-        raise DataError(f"{path}: belongs to segment {others[0]}, not to the one that the file is named after.")
+        raise DataError(
+            f"{path}: belongs to segment {others[0]}, not to the one that the file is named after. Give the file the name it "
+            "was downloaded with."
+        )
     if not len(rows[_TIME]):
         raise DataError(f"{path}: holds no frame; fetch it again.")
     order = np.argsort(rows[_TIME], kind="stable")
     times = rows[_TIME][order].tolist()
     twice = [time for before, time in pairwise(times) if before == time]
     if twice:
-        raise DataError(f"{path}: two frames have the time {twice[0]} us.")
+        raise DataError(f"{path}: two frames have the time {twice[0]} us. {FETCH_AGAIN}")
     return {
         time: pose_of_numbers(rows[column][row], f"{path}, row {row}: the pose") for time, row in zip(times, order, strict=True)
     }
@@ -255,11 +264,11 @@ def _calibrations(path: Path) -> dict[int, LaserCalibration]:
     for row, laser in enumerate(rows[_LASER].tolist()):
         place = f"{path}, row {row}"
         if laser not in LASER_NAMES or laser in found:
-            raise DataError(f"{place}: LiDAR {laser} is not known, or calibrated twice.")
+            raise DataError(f"{place}: LiDAR {laser} is not known, or calibrated twice. {FETCH_AGAIN}")
         given = rows[f"{beams}.values"][row]
         inclinations = np.zeros(0) if given is None else given
         if not np.isfinite(inclinations).all():
-            raise DataError(f"{place}: a beam inclination of LiDAR {laser} is not finite.")
+            raise DataError(f"{place}: a beam inclination of LiDAR {laser} is not finite. {FETCH_AGAIN}")
         low, high = (float(rows[f"{beams}.{end}"][row]) for end in ("min", "max"))
         pose = pose_of_numbers(rows[matrix][row], f"{place}: the extrinsic of LiDAR {laser}")
         found[laser] = LaserCalibration(laser, inclinations, low, high, pose)
@@ -296,14 +305,14 @@ class _Labels:
             row = int(np.argmin(whole))
             raise DataError(
                 f"{path}: label '{self._ids[row]}' at {self._times[row]} us has a box that lacks a number or is of a negative "
-                f"size, or a type, difficulty or count that cannot be: {self._counts[row].tolist()}."
+                f"size, or a type, difficulty or count that cannot be: {self._counts[row].tolist()}. {FETCH_AGAIN}"
             )
 
     def refuse_other_times(self, frames: dict[int, Pose]) -> None:
         """Every label must belong to a frame."""
         for time in np.unique(self._times).tolist():
             if time not in frames:
-                raise DataError(f"{self._path}: a label of time {time} us, at which {VEHICLE_POSE} has no frame.")
+                raise DataError(f"{self._path}: a label of time {time} us, at which {VEHICLE_POSE} has no frame. {FETCH_AGAIN}")
 
     def at(self, time: int) -> LaserLabels:
         """The labels of a frame, in the order of the file."""

@@ -44,7 +44,7 @@ class CylinderEncoder(nn.Module):
         super().__init__()
         if in_features < 0 or channels < 1:
             raise ConfigError(
-                f"cylinder encoder: in_features must be 0 or more and channels at least 1, got {in_features}, {channels}"
+                f"cylinder encoder: in_features {in_features} or channels {channels} are too few. Set them to at least 0 and 1"
             )
         self.grid, self.pillars, self.in_features = grid, False, in_features
         self.grid_shape = grid.shape
@@ -100,5 +100,5 @@ def point_encoder(
     if not isinstance(grid, CylinderGrid):
         return VoxelEncoder(in_features, channels, grid, pillars, momentum=momentum)
     if pillars:
-        raise ConfigError("a cylinder grid has no pillars: set grid.pillars=false, or use a grid of x, y, z")
+        raise ConfigError("a cylinder grid has no pillars. Set grid.pillars=false, or use a grid of x, y, z")
     return CylinderEncoder(in_features, channels, grid)

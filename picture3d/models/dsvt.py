@@ -103,7 +103,10 @@ class Dsvt(nn.Module):
             ConfigError: if the voxels are on another grid than the encoder was made for.
         """
         if voxels.shape != self.stage_shapes[0]:
-            raise ConfigError(f"dsvt: made for a grid of {self.stage_shapes[0]} cells, these voxels are on {voxels.shape}")
+            raise ConfigError(
+                f"dsvt: made for a grid of {self.stage_shapes[0]} cells, these voxels are on {voxels.shape}. Give both the "
+                "same grid."
+            )
         stages: list[SparseVoxels] = []
         token_of_voxel = torch.arange(len(voxels), device=voxels.coords.device)
         blocks_before = 0

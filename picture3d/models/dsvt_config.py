@@ -43,19 +43,25 @@ class DsvtConfig(FrozenConfig):
         for name, length in wanted.items():
             if len(getattr(self, name)) != length:
                 raise ConfigError(
-                    f"dsvt: blocks has {stages} stages, so {name} needs {length} entries; it has {len(getattr(self, name))}"
+                    f"dsvt: blocks has {stages} stages, so {name} needs {length} entries (it has {len(getattr(self, name))}). "
+                    "Give one for each stage"
                 )
         if stages == 0:
-            raise ConfigError("dsvt: blocks is empty; the encoder needs at least one stage")
+            raise ConfigError("dsvt: blocks is empty, but the encoder needs a stage. Give the blocks of at least one")
         positive = [self.channels, self.ffn_channels, self.heads, *self.blocks, *self.set_sizes, *self.hybrid_factor]
         if min(positive + [cells for triple in self.windows + self.strides for cells in triple]) < 1:
-            raise ConfigError("dsvt: widths, heads, blocks, set sizes, windows, strides and hybrid factor must be at least 1")
+            raise ConfigError(
+                "dsvt: a width, number of heads, blocks, set size, window, stride or hybrid factor is below 1. Set each to at "
+                "least 1"
+            )
         if min(cells for offset in self.shifts for cells in offset) < 0:
-            raise ConfigError(f"dsvt: shifts must be 0 or more, got {self.shifts}")
+            raise ConfigError(f"dsvt: shifts {self.shifts} hold a negative number. Set each to 0 or more")
         if self.channels % self.heads:
             fits = sorted(heads for heads in range(1, self.channels + 1) if self.channels % heads == 0)
             near = min(fits, key=lambda heads: abs(heads - self.heads))
-            raise ConfigError(f"dsvt: {self.channels} channels cannot be shared by {self.heads} heads; heads={near} would fit")
+            raise ConfigError(
+                f"dsvt: {self.channels} channels cannot be shared by {self.heads} heads. Set heads={near}, which would fit"
+            )
         return self
 
     def stage_shapes(self, grid_shape: Triple) -> tuple[Triple, ...]:
@@ -70,7 +76,7 @@ class DsvtConfig(FrozenConfig):
             if window_height > height:
                 raise ConfigError(
                     f"dsvt: stage {stage} is {height} cells high, its window {window_height}. A window may not be higher than "
-                    f"the grid: windows[{stage}] = {(*window[:2], height)} would fit (stage heights: {_heights(shapes)})."
+                    f"the grid. Set windows[{stage}] = {(*window[:2], height)} (stage heights: {_heights(shapes)})."
                 )
             if window_height == 1 and height > 1:
                 raise ConfigError(
@@ -91,10 +97,10 @@ class DsvtConfig(FrozenConfig):
             and all(h % s == 0 for h, s in zip(_stage_heights(grid_shape[2], option), option, strict=False))
         ]
         if not fitting:
-            return f"{higher} would fit."
+            return f"Set {higher}, which would fit."
         best = min(fitting, key=lambda option: (sum(abs(a - b) for a, b in zip(option, now, strict=True)), option))
         heights = ", ".join(str(h) for h in _stage_heights(grid_shape[2], best))
-        return f"Strides along z of {', '.join(map(str, best))} would give heights {heights} and fit; so would {higher}."
+        return f"Set strides along z of {', '.join(map(str, best))}, which give heights {heights} and fit, or {higher}."
 
 
 def _pooled_shapes(grid_shape: Triple, strides: tuple[Triple, ...]) -> tuple[Triple, ...]:

@@ -72,7 +72,7 @@ class LayerTrace:
         """
         tokens = self._tokens[layer]
         if tokens is None:
-            raise ConfigError(f"layer {layer} of the encoder was not seen: run the encoder inside `trace_layers` first")
+            raise ConfigError(f"layer {layer} of the encoder was not seen. Run the encoder inside `trace_layers` first")
         row: Tensor | None = None
         for pooled in self._pooled[: self._stage_of_layer[layer]]:
             assert pooled is not None  # a stage runs after the poolings before it

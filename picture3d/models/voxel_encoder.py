@@ -50,11 +50,11 @@ class VoxelEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if channels < 2 or channels % 2:
-            raise ConfigError(f"voxel encoder: channels must be even and at least 2, got {channels}")
+            raise ConfigError(f"voxel encoder: {channels} channels cannot be halved. Set an even number of at least 2")
         if in_features < 0:
-            raise ConfigError(f"voxel encoder: in_features must be 0 or more, got {in_features}")
+            raise ConfigError(f"voxel encoder: in_features is {in_features}. Set it to the number of features of a point")
         if isinstance(grid, CylinderGrid):
-            raise ConfigError("voxel encoder: made for cells of x, y, z; a cylinder grid needs the cylinder encoder")
+            raise ConfigError("voxel encoder: made for cells of x, y, z. Take the cylinder encoder for a cylinder grid")
         self.grid, self.pillars, self.in_features = grid, pillars, in_features
         x_cells, y_cells, z_cells = grid.shape
         self.grid_shape = (x_cells, y_cells, 1 if pillars else z_cells)

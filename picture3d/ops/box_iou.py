@@ -109,9 +109,9 @@ def rotated_nms(
         ValueError: if a score or a box is not finite, or the lengths differ.
     """
     if len(boxes) != len(scores):
-        raise ValueError(f"{len(boxes)} boxes have {len(scores)} scores")
+        raise ValueError(f"scores must be as many as boxes, got {len(scores)} for {len(boxes)}")
     if not torch.isfinite(scores).all():
-        raise ValueError("a score is NaN or infinite")
+        raise ValueError("scores must be finite, one is NaN or infinite")
     order = torch.argsort(scores, descending=True, stable=True)[:pre_max]
     ranked = _checked("boxes", boxes)[order]
     better, worse = _near_pairs(ranked, ranked, corner_tolerance, later_only=True)
@@ -211,7 +211,9 @@ def _checked(name: str, boxes: Tensor) -> Tensor:
         raise ValueError(f"{name} must be (N, 7) or wider: x y z length width height yaw; it is {tuple(boxes.shape)}")
     exact = boxes[:, :7].detach().double()
     if not torch.isfinite(exact).all():
-        raise ValueError(f"{name}: box {int((~torch.isfinite(exact)).any(1).nonzero()[0])} holds NaN or infinity")
+        raise ValueError(
+            f"{name} must be finite: box {int((~torch.isfinite(exact)).any(1).nonzero()[0])} holds NaN or infinity"
+        )
     return exact
 
 

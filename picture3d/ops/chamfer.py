@@ -51,7 +51,7 @@ def _check_shapes(predicted: Tensor, target: Tensor) -> None:
         if points.ndim != 3 or points.shape[2] != 3 or points.shape[1] == 0:
             raise ValueError(f"{name} must be (V, points, 3) with at least one point per set, got {tuple(points.shape)}")
     if predicted.shape[0] != target.shape[0]:
-        raise ValueError(f"{predicted.shape[0]} predicted sets for {target.shape[0]} target sets")
+        raise ValueError(f"predicted must hold a set for each of target, got {predicted.shape[0]} for {target.shape[0]}")
 
 
 @torch.no_grad()

@@ -315,7 +315,7 @@ def _units(argument: str, coords: Tensor, unit: Triple, *, exact: bool = True) -
     divisor = torch.tensor((1, *unit), device=coords.device)
     counted = torch.div(table, divisor, rounding_mode="floor")
     if exact and not torch.equal(counted * divisor, table):
-        raise ValueError(f"{argument} are not all multiples of the tensor stride {unit}")
+        raise ValueError(f"{argument} must be multiples of the tensor stride {unit}")
     return counted
 
 

@@ -41,10 +41,10 @@ class CrossMoments:
         """
         columns = [t.shape[1] for t in (*left, *right)]
         if columns != [*self._left, *self._right] or len({len(t) for t in (*left, *right)}) > 1:
-            raise ValueError(f"features of {columns} columns given, {[*self._left, *self._right]} and equal rows wanted")
+            raise ValueError(f"features must have {[*self._left, *self._right]} columns and equal rows, got {columns} columns")
         features = [t.detach().double() for t in (*left, *right)]
         if not all(bool(feature.isfinite().all()) for feature in features):
-            raise ValueError("a feature is not a finite number")
+            raise ValueError("features must be finite numbers")
         if len(features[0]) == 0:
             return
         if not self._origins:
@@ -89,7 +89,7 @@ def weight_disparity(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple
         ValueError: if shapes differ.
     """
     if [t.shape for t in before] != [t.shape for t in after]:
-        raise ValueError("weights of other shapes have no difference")
+        raise ValueError("before and after must have the same shapes")
     differences = [(b.double() - a.double()).flatten() for a, b in zip(before, after, strict=True)]
     if not sum(len(d) for d in differences):
         return float("nan"), float("nan")

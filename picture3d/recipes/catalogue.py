@@ -125,4 +125,4 @@ def _find(recipes: Mapping[str, Callable[[Path], _Recipe]], name: str, kind: str
         return recipes[name]
     guess = nearest(name, recipes)
     hint = f" Did you mean '{guess}'?" if guess else ""
-    raise ConfigError(f"no {kind + ' ' if kind else ''}recipe is called '{name}'.{hint} There are: {', '.join(recipes)}.")
+    raise ConfigError(f"no {kind + ' ' if kind else ''}recipe is called '{name}'.{hint} Choose one of {', '.join(recipes)}.")

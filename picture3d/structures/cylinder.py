@@ -28,14 +28,19 @@ class CylinderGrid(VoxelGrid):
         ):
             steps = (high - low) / size if size > 0 else float("nan")
             if not steps >= 0.5:
-                raise ConfigError(f"cylinder grid: {axis} from {low} to {high} in cells of {size} holds no cell")
+                raise ConfigError(
+                    f"cylinder grid: {axis} from {low} to {high} in cells of {size} holds no cell. Make the cells smaller, or "
+                    "the range longer."
+                )
             if abs(steps - round(steps)) > 1e-3:
                 raise ConfigError(
-                    f"cylinder grid: {axis} from {low} to {high} is {steps:.3f} steps of {size}, not a whole number. "
-                    f"A size of {(high - low) / round(steps)!r} would give {round(steps) + 1} cells."
+                    f"cylinder grid: {axis} from {low} to {high} is {steps:.3f} steps of {size}, not a whole number. Take a "
+                    f"size of {(high - low) / round(steps)!r} for {round(steps) + 1} cells."
                 )
         if self.range_min[0] < 0:
-            raise ConfigError(f"cylinder grid: the radius begins at {self.range_min[0]}; it cannot be negative")
+            raise ConfigError(
+                f"cylinder grid: the radius begins at {self.range_min[0]}, but cannot be negative. Set it to 0 or more"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:

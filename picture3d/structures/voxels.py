@@ -22,12 +22,15 @@ class VoxelGrid:
         for axis, low, high, size in zip("xyz", self.range_min, self.range_max, self.voxel_size, strict=True):
             cells = (high - low) / size if size > 0 else float("nan")
             if not cells >= 0.5:
-                raise ConfigError(f"grid: {axis} from {low} to {high} m in cells of {size} m holds no cell")
+                raise ConfigError(
+                    f"grid: {axis} from {low} to {high} m in cells of {size} m holds no cell. Make the cells smaller, or the "
+                    "range longer."
+                )
             if abs(cells - round(cells)) > 1e-3:
                 fits = low + round(cells) * size
                 raise ConfigError(
-                    f"grid: {axis} from {low} to {high} m is {cells:.3f} cells of {size} m, not a whole number. "
-                    f"range_max {axis} = {fits:g} would give {round(cells)} cells."
+                    f"grid: {axis} from {low} to {high} m is {cells:.3f} cells of {size} m, not a whole number. Set "
+                    f"range_max {axis} = {fits:g} for {round(cells)} cells."
                 )
 
     @property

@@ -72,7 +72,7 @@ def write_nuscenes(
     """
     check_counts(scenes=scenes, frames=("keyframes_per_scene", keyframes_per_scene), val_scenes=val_scenes, processes=processes)
     if sweeps_per_keyframe < 0:
-        raise ConfigError(f"sweeps_per_keyframe = {sweeps_per_keyframe}: at least 0 is needed.")
+        raise ConfigError(f"sweeps_per_keyframe = {sweeps_per_keyframe}: too few. Ask for at least 0.")
     config = config.model_copy(update={"keyframes": keyframes_per_scene, "sweeps_per_keyframe": sweeps_per_keyframe})
     names = [f"scene-{k:04d}" for k in range(1, scenes + 1)]
     settings: Row = {

@@ -148,7 +148,7 @@ def check_counts(*, scenes: int, frames: tuple[str, int], val_scenes: int, proce
     """
     for name, value, least in (("scenes", scenes, 1), (*frames, 1), ("val_scenes", val_scenes, 0), ("processes", processes, 1)):
         if value < least:
-            raise ConfigError(f"{name} = {value}: at least {least} is needed.")
+            raise ConfigError(f"{name} = {value}: too few. Ask for at least {least}.")
     if scenes > 9999:
         raise ConfigError(f"scenes = {scenes}: town seeds are told apart for up to 9999 scenes; use another seed for more.")
     if val_scenes > scenes:

@@ -167,6 +167,6 @@ def boxes_of(batch: PointBatch, num_classes: int) -> tuple[Tensor, Tensor, Tenso
         if low < 1 or high > num_classes:
             raise DataError(
                 f"{frames}: class {low if low < 1 else high} is not among the {num_classes} classes 1..{num_classes} of the "
-                "head. data.box_classes and task.head.classes must be the same names in the same order."
+                "head. Give data.box_classes and task.head.classes the same names in the same order."
             )
     return batch.boxes, batch.box_class, batch.box_sample

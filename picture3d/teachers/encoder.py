@@ -70,7 +70,10 @@ class EncoderTeacher:
         """
         batch = self.batch_of(points).to(self.device)
         if len(batch.xyz) != len(points):
-            raise DataError(f"teacher {self.name}: {len(batch.xyz)} points were made of a sweep of {len(points)}")
+            raise DataError(
+                f"teacher {self.name}: {len(batch.xyz)} points were made of a sweep of {len(points)}. Prepare the data without "
+                "points that are not finite."
+            )
         with torch.inference_mode():
             found = self.network.joined_features(batch)
             halves = found.feats.float().chunk(2, dim=1)

@@ -51,11 +51,11 @@ def encode_features(features: NDArray[np.float32], codec: FeatureCodec, basis: F
         DataError: if a feature is not finite, or too large for the codec, or the basis is missing or of another codec.
     """
     if not np.isfinite(features).all():
-        raise DataError("a feature is not finite")
+        raise DataError("a feature is not finite. Look at the teacher and the frame's points.")
     match codec:
         case FeatureCodec.FLOAT16:
             if features.size and np.abs(features).max() > np.finfo(np.float16).max:
-                raise DataError("a feature is too large for float16")
+                raise DataError("a feature is too large for float16. Choose the codec int8.")
             return features.astype("<f2").tobytes()
         case FeatureCodec.INT8:
             scale = best_steps(features, WIDE_STEPS)
@@ -76,7 +76,10 @@ def decode_features(
     """
     expected = encoded_size(codec, cells, dimension, basis)
     if len(data) != expected:
-        raise DataError(f"{len(data)} bytes are not {cells} {codec} features of length {dimension} ({expected} bytes)")
+        raise DataError(
+            f"{len(data)} bytes are not {cells} {codec} features of length {dimension} ({expected} bytes). Delete the file and "
+            "run `picture3d targets` again."
+        )
     match codec:
         case FeatureCodec.FLOAT16:
             return data.view("<f2").reshape(cells, dimension)

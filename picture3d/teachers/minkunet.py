@@ -112,7 +112,7 @@ def load_minkunet_teacher(
 def read_point_network(path: Path) -> dict[str, Tensor]:
     """The point network's tensors of a checkpoint file, containers and prefixes taken off."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint. Where teachers come from: docs/teachers.md.")
+        raise CheckpointError(f"{path}: no such checkpoint. Check the name; docs/teachers.md says where teachers come from.")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -121,13 +121,19 @@ def read_point_network(path: Path) -> dict[str, Tensor]:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a foreign file makes torch raise
-            raise CheckpointError(f"{path}: cannot be read as plain tensors ({type(error).__name__}: {error}).") from None
+            raise CheckpointError(
+                f"{path}: cannot be read as plain tensors ({type(error).__name__}: {error}). Take a checkpoint of Seal or "
+                "SLidR, or of this package."
+            ) from None
     for container in _CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(container), dict):
             content = content[container]
             break
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors.")
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}, not named tensors. Take a checkpoint of Seal or SLidR, or of this "
+            "package."
+        )
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     # A Lightning file holds the image network beside the point network: only one prefix is the right one.
     for prefix in _PREFIXES:
@@ -157,7 +163,10 @@ def load_whole(network: torch.nn.Module, tensors: dict[str, Tensor], *, source: 
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
             if names
         ]
-        raise CheckpointError(f"{source}: not this network ({len(places)} tensors). {'. '.join(parts)}.")
+        raise CheckpointError(
+            f"{source}: not this network ({len(places)} tensors). {'. '.join(parts)}. Take a checkpoint in Seal's or SLidR's "
+            "layout (docs/teachers.md)."
+        )
     network.load_state_dict(tensors)
 
 

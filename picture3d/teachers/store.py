@@ -351,5 +351,5 @@ def _tensor(xyz: NDArray[np.float32]) -> torch.Tensor:
 
 def _checked_name(name: str) -> str:
     if not name or name.startswith(".") or len(name.encode()) > 200 or any(c in '/\\:"*?<>|' or ord(c) < 32 for c in name):
-        raise DataError(f"{name!r} cannot name a file: use letters, digits, '-', '_', '+' and '.', not starting with '.'")
+        raise DataError(f"{name!r} cannot name a file. Use letters, digits, '-', '_', '+' and '.', not starting with '.'")
     return name

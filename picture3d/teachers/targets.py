@@ -125,7 +125,8 @@ def _cell_features(frame: Frame, teacher: Teacher) -> tuple[torch.Tensor, torch.
     if features.shape[1] != teacher.dimension or len(cells.point_cell) != len(frame.points):
         raise DataError(
             f"{place}: teacher {teacher.name} gave features {tuple(features.shape)} for {len(cells.point_cell)} points, "
-            f"expected length {teacher.dimension} and {len(frame.points)} points"
+            f"expected length {teacher.dimension} and {len(frame.points)} points. Correct the teacher: it gives one row for "
+            "each cell, and the cell of each point."
         )
     # Rows are those of the cells as the CPU derives them: on another device a point on the very edge may fall beside.
     own = quantise_points(torch.from_numpy(np.array(frame.points.xyz, np.float32)), teacher.quantisation)
@@ -196,7 +197,7 @@ def compute_targets(
     """
     _check_superclasses(num_superclasses)
     if codec not in CODECS:
-        raise ConfigError(f"unknown codec '{codec}'; there are {', '.join(CODECS)}")
+        raise ConfigError(f"unknown codec '{codec}'. Choose one of {', '.join(CODECS)}")
     folder = store_folder(dataset.root, teacher.name) if folder is None else folder
     wanted = StoreSettings.of(teacher, num_superclasses=num_superclasses, seed=seed, codec=codec)
     keyframes = dataset.keyframes(split)
@@ -378,4 +379,4 @@ def _generator(frame: Frame, seed: int) -> torch.Generator:
 
 def _check_superclasses(num_superclasses: int) -> None:
     if not 1 <= num_superclasses <= MAX_SUPERCLASSES:
-        raise ConfigError(f"superclasses must be 1 to {MAX_SUPERCLASSES}, got {num_superclasses}")
+        raise ConfigError(f"{num_superclasses} superclasses cannot be stored. Ask for 1 to {MAX_SUPERCLASSES}")

@@ -172,7 +172,10 @@ def load_weights(path: Path) -> Checkpoint:
     if path.is_dir():
         finished, newest = path / "model.safetensors", latest_checkpoint(path / "checkpoints")
         if not finished.is_file() and newest is None:
-            raise CheckpointError(f"{path}: no model.safetensors and no whole checkpoint in this folder. Has training started?")
+            raise CheckpointError(
+                f"{path}: no model.safetensors and no whole checkpoint in this folder. Wait until training has written one, or "
+                "name another folder."
+            )
         path = finished if finished.is_file() else newest or finished
     checkpoint = load_checkpoint(path)
     if not any(name.startswith(_MODEL_PREFIX) for name in checkpoint.tensors):

@@ -303,5 +303,8 @@ def _claim(run: RunFolder, config: TrainingConfig) -> str:
 def _schedule(batches: BatchSource, config: TrainingConfig) -> tuple[int, int]:
     """Optimiser steps in all, and per epoch."""
     if batches.steps_per_epoch < 1:
-        raise TrainingError("there is no batch to train on: the split, label share or frame limit leaves no frame")
+        raise TrainingError(
+            "there is no batch to train on: the split, label share or frame limit leaves no frame. Choose another split, or "
+            "raise the share or the limit."
+        )
     return config.planned_steps(batches.steps_per_epoch), math.ceil(batches.steps_per_epoch / config.accumulate)

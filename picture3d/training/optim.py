@@ -76,7 +76,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
     if absent:
         parts = ", ".join(dict.fromkeys(name.split(".", 1)[0] for name in trainable))
         raise ConfigError(
-            f"optim.lr_scale names {', '.join(absent)}, which this network does not train. Its parts are {parts}."
+            f"optim.lr_scale names {', '.join(absent)}, which this network does not train. Choose among its parts: {parts}."
         )
     grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable.items():

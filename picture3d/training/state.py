@@ -49,7 +49,8 @@ class RunState:
             return RunState(step=int(meta["step"]), **meta["progress"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"this checkpoint cannot be resumed: its description lacks the run's state ({error})"
+                f"this checkpoint cannot be resumed: its description lacks the run's state ({error}). Go on from an older one, "
+                "or start anew in another folder."
             ) from None
 
 

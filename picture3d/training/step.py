@@ -60,7 +60,9 @@ class Stepper:
         self.config, self.team = config, team
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
-            raise TrainingError("the module has no trainable parameter")
+            raise TrainingError(
+                "the module has no trainable parameter. Leave some of it unfrozen: look at the recipe's frozen parts."
+            )
         self.device = self.parameters[0].device
         self.autocast = config.precision == "bf16" and (self.device.type != "cuda" or torch.cuda.is_bf16_supported())
         self.optimizer = build_optimizer(module, config.optim)
@@ -97,7 +99,8 @@ class Stepper:
                 signals.safe = False
             if batch is None:
                 raise TrainingError(
-                    f"epoch {place.epoch} ended after {place.position + index} batches, {place.batches_per_epoch} were promised"
+                    f"epoch {place.epoch} ended after {place.position + index} batches, {place.batches_per_epoch} were "
+                    "promised. Give batches that promise what they hold."
                 )
             self.mid_step = True
             waited_s += time.perf_counter() - begin
@@ -134,7 +137,8 @@ class Stepper:
             total = terms["total"] / place.size
             if not total.requires_grad:
                 raise TrainingError(
-                    f"the loss of batch {', '.join(batch.frame_names)} does not depend on any trainable parameter"
+                    f"the loss of batch {', '.join(batch.frame_names)} does not depend on any trainable parameter. Look at the "
+                    "loss weights of the config: is all that is left of them frozen?"
                 )
             total.backward()
         return {name: value.detach() / place.size for name, value in terms.items()}

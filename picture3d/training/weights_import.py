@@ -107,7 +107,9 @@ def export_openpcdet(source: nn.Module | Mapping[str, Tensor], path: Path, *, gl
     """
     tensors = source.state_dict() if isinstance(source, nn.Module) else source
     if not tensors:
-        raise CheckpointError(f"{path}: the network has no tensors; there is nothing to export.")
+        raise CheckpointError(
+            f"{path}: the network has no tensors, so there is nothing to export. Name a run folder that has been trained."
+        )
     if path.suffix != ".safetensors":
         raise CheckpointError(
             f"{path}: weights are exported as safetensors, no pickle is written. Name it "
@@ -139,12 +141,14 @@ def load_any_weights(path: Path) -> Checkpoint:
 
 def _content(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file.")
+        raise CheckpointError(f"{path}: no such checkpoint file. Check the name.")
     if not _is_pytorch(path):
         try:
             return dict(load_file(path))
         except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: neither a PyTorch nor a safetensors file, or damaged ({error}).") from None
+            raise CheckpointError(
+                f"{path}: neither a PyTorch nor a safetensors file, or damaged ({error}). Download or copy it again."
+            ) from None
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -158,7 +162,9 @@ def _content(path: Path) -> dict[str, Any]:
             ) from None
         raise CheckpointError(f"{path}: damaged or cut off ({type(error).__name__}: {first}). Fetch it again.") from None
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors.")
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}, not named tensors. Take the file with the network's weights."
+        )
     return {str(name): value for name, value in content.items()}
 
 
@@ -174,7 +180,10 @@ def _unwrapped(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         if names and all(name.startswith(wrapper) for name in names):
             bare = {name.removeprefix(wrapper): value for name, value in tensors.items()}
             if len(bare) < len(tensors):
-                raise CheckpointError(f"{path}: two tensors have the same name once '{wrapper}' is taken off.")
+                raise CheckpointError(
+                    f"{path}: two tensors have the same name once '{wrapper}' is taken off. Remove one of them, or export the "
+                    "checkpoint without that wrapper."
+                )
             tensors = bare
     return tensors
 

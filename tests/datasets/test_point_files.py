@@ -174,7 +174,7 @@ def test_labels_that_do_not_fit_are_named(tmp_path):
 def test_a_folder_of_labels_that_match_nothing_is_an_error(tmp_path):
     write_sweeps(tmp_path / "drive")
     (tmp_path / "labels").mkdir()
-    with pytest.raises(DataError, match=r"no label file has the name of a sweep\. Expected for example sweep8\.npy"):
+    with pytest.raises(DataError, match=r"no label file has the name of a sweep\. Rename them, for example to sweep8\.npy"):
         prepare_points(tmp_path / "drive", tmp_path / "out", layout=LAYOUT, label_dir=tmp_path / "labels")
 
 

@@ -322,7 +322,7 @@ def test_what_lies_beside_the_frames_comes_too_or_is_refused_in_words(store, loc
         build_targets(TargetsConfig(), Path(store.url), torch.device("cpu"))
     with pytest.raises(DataError, match="no occupancy labels are attached"):
         there.occupancy()
-    with pytest.raises(DataError, match="only frames on this machine can be checked"):
+    with pytest.raises(DataError, match="Name a folder of this machine"):
         check_prepared(Path(store.url))
     with pytest.raises(DataError, match="nothing is written to a URL"):
         open_for_writing(Path(store.url))
@@ -330,7 +330,7 @@ def test_what_lies_beside_the_frames_comes_too_or_is_refused_in_words(store, loc
 
 def test_without_fsspec_a_url_is_an_error_of_one_line_and_a_folder_is_read(local, store, monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(ConfigError, match=r"needs fsspec: pip install 'picture3d\[remote\]'"):
+    with pytest.raises(ConfigError, match=r"needs fsspec\. Install it: pip install 'picture3d\[remote\]'"):
         PreparedDataset(Path(store.url))
     assert len(PreparedDataset(local).keyframes()) == 16
 
@@ -354,7 +354,7 @@ def test_more_bytes_than_expected_are_not_taken(store: ObjectStore, local):
 def test_a_cache_that_cannot_be_written_is_named(store, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PICTURE3D_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(DataError, match="PICTURE3D_CACHE names the folder"):
+    with pytest.raises(DataError, match="name another folder for fetched logs with PICTURE3D_CACHE"):
         PreparedDataset(Path(store.url)).frame(FrameKey("a", 0))
 
 

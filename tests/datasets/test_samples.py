@@ -325,7 +325,7 @@ def test_a_split_without_keyframes_is_refused(tmp_path):
     for split in ("train", "val"):
         with pytest.raises(DataError, match=f"split '{split}' holds no keyframe"):
             keys(tmp_path, split=split)
-    with pytest.raises(DataError, match=r"no split 'test'\. It has train, val"):
+    with pytest.raises(DataError, match=r"no split 'test'\. Choose one of train, val"):
         keys(tmp_path, split="test")
 
 

@@ -262,7 +262,7 @@ def _late_row(rows: dict[str, list[dict[str, Any]]]) -> None:
         (_cell("lidar", 1, SHAPE, [5, 5, 4]), "holds 60 numbers"),
         (_cell("lidar", 1, SHAPE, None), "a shape beside it"),
         (_cell("lidar", 1, "key.laser_name", 1), "LiDAR 1 is not in order of time there, or occurs twice"),
-        (_cell("lidar", 1, "key.laser_name", 9), "there is no LiDAR 9"),
+        (_cell("lidar", 1, "key.laser_name", 9), "LiDAR 9 is none of 1 to 5"),
         (_late_row, "not in order of time"),
         (_cell("lidar", 3, "key.frame_timestamp_micros", 7_000_000), "at which vehicle_pose has no frame"),
         (_cell("lidar_box", 1, "key.frame_timestamp_micros", 7), "at which vehicle_pose has no frame"),

@@ -247,7 +247,11 @@ def test_a_looser_threshold_lets_more_match(tmp_path):
         write_objects(tmp_path / name, side)
     words = ["score", "waymo-detection", str(tmp_path / "found"), str(tmp_path / "labels"), "--iou"]
     assert "L1 mAP 33.33" in CliRunner().invoke(app, [*words, "vehicle=0.5"]).output
-    for bad, text in (("vehikle=0.5", "Did you mean vehicle"), ("vehicle=70", "write CLASS=THRESHOLD"), ("vehicle", "write")):
+    for bad, text in (
+        ("vehikle=0.5", "Did you mean vehicle"),
+        ("vehicle=70", "not of the form CLASS=THRESHOLD"),
+        ("vehicle", "write"),
+    ):
         with pytest.raises(ConfigError, match=text):
             CliRunner().invoke(app, [*words, bad], catch_exceptions=False)
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from picture3d.errors import DataError
 from picture3d.formats.columns import (
     PLANES,
     RAW,
@@ -80,9 +79,9 @@ def test_a_table_of_intensity_steps_is_smaller_than_planes_and_is_chosen_for_the
 
 
 def test_a_table_refuses_what_it_cannot_hold_and_what_points_outside_of_it():
-    with pytest.raises(DataError, match="float32"):
+    with pytest.raises(ValueError, match="float32"):
         encode(np.zeros(5, np.int32), TABLE)
-    with pytest.raises(DataError, match="at most 65536 different values, not 65537"):
+    with pytest.raises(ValueError, match="at most 65536 different values, not 65537"):
         encode(np.arange((1 << 16) + 1, dtype=np.float32), TABLE)
     places = zlib.compress(bytes([0, 1, 2]))
     good = struct.pack("<I", 3) + np.array([5, 6, 7], "<f4").tobytes() + places
@@ -95,9 +94,9 @@ def test_a_table_refuses_what_it_cannot_hold_and_what_points_outside_of_it():
         (good[:-1], "should hold"),
         (good + b"x", "should hold"),
     ]:
-        with pytest.raises(DataError, match=words):
+        with pytest.raises(ValueError, match=words):
             decode(bad, TABLE, "<f4", (3,))
-    with pytest.raises(DataError, match="holds <f4"):
+    with pytest.raises(ValueError, match="holds <f4"):
         decode(good, TABLE, "<f8", (3,))
 
 
@@ -131,7 +130,7 @@ def test_the_grid_codec_is_exact_on_its_second_pass():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e9])
 def test_the_grid_codec_refuses_what_it_cannot_hold(bad):
-    with pytest.raises(DataError, match="zlib-grid"):
+    with pytest.raises(ValueError, match="zlib-grid"):
         encode(np.array([[0, 0, bad]], np.float32), GRID)
 
 
@@ -147,16 +146,16 @@ def test_a_codec_is_found_by_the_name_it_writes(text):
 
 @pytest.mark.parametrize("text", ["", "lz4", "zlib-grid", "zlib-grid:0", "zlib-grid:nan", "zlib-grid:x"])
 def test_an_unknown_codec_is_refused(text):
-    with pytest.raises(DataError):
+    with pytest.raises(ValueError, match="unknown codec"):
         Codec.parse(text)
 
 
 def test_a_zlib_bomb_is_refused_without_unpacking_it():
     bomb = zlib.compress(bytes(50_000_000))
     tracemalloc.start()
-    with pytest.raises(DataError):
+    with pytest.raises(ValueError, match="something else than the 1000 bytes"):
         decode(bomb, PLANES, "|u1", (1000,))
-    with pytest.raises(DataError, match="cannot hold"):
+    with pytest.raises(ValueError, match="cannot hold"):
         decode(b"tiny", PLANES, "<f8", (100_000_000,))
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
@@ -166,13 +165,13 @@ def test_a_zlib_bomb_is_refused_without_unpacking_it():
 def test_a_stream_that_is_longer_than_it_should_be_is_refused_by_a_thread_that_has_read_nothing_before(more):
     rng = np.random.default_rng(0)
     data = zlib.compress(rng.bytes(200_000) + bytes(more))
-    with ThreadPoolExecutor(1) as fresh, pytest.raises(DataError, match="something else than the 200000 bytes"):
+    with ThreadPoolExecutor(1) as fresh, pytest.raises(ValueError, match="something else than the 200000 bytes"):
         fresh.submit(decode, data, PLANES, "|u1", (200_000,)).result()
 
 
 @pytest.mark.parametrize("shape", [(-1,), (), (1 << 40,), (1 << 20, 1 << 20), (2, 2, 2, 2, 2)])
 def test_absurd_shapes_are_refused(shape):
-    with pytest.raises(DataError):
+    with pytest.raises(ValueError, match="shape"):
         checked_size("<f4", shape)
 
 
@@ -187,7 +186,7 @@ def test_any_bytes_give_an_array_or_our_own_error(data, codec, dtype, rows):
     for payload in (data, zlib.compress(data)):
         try:
             found = decode(payload, codec, dtype, (rows,))
-        except DataError:
+        except ValueError:
             continue
         assert found.shape == (rows,)
 

@@ -90,7 +90,7 @@ def test_labels_have_points_and_tell_where_the_car_was_in_either_way(tmp_path):
         ({"velocity": [float("inf"), 0]}, "box 1: velocity is not finite"),
         ({"size": [1, -1, 1]}, "box 1: size is negative"),
         ({"rotation": [0, 0, 0, 0]}, "box 1: rotation has length zero"),
-        ({"detection_name": "tram"}, "box 1: detection_name is 'tram'; known: car, "),
+        ({"detection_name": "tram"}, "box 1: detection_name is 'tram'. Write one of car, "),
         ({"detection_name": ["car"]}, "box 1: detection_name is"),
         ({"detection_name": "static_object.bicycle_rack"}, "box 1: detection_name"),
         ({"attribute_name": "vehicle.flying"}, "box 1: attribute_name is 'vehicle.flying'"),

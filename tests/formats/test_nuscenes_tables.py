@@ -79,7 +79,7 @@ def test_tables_are_joined(tmp_path):
 
 def test_the_table_folders_that_are_there_are_named(tmp_path):
     (tmp_path / "v1.0-trainval").mkdir()
-    with pytest.raises(DataError, match=r"Found v1\.0-trainval"):
+    with pytest.raises(DataError, match=r"Choose --version among v1\.0-trainval"):
         read_tables(tmp_path, "v1.0-mini")
 
 

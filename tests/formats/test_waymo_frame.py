@@ -185,7 +185,7 @@ MIRROR = np.diag([1.0, -1.0, 1.0, 1.0])
         ({"calibrations": [calibration(2), calibration(2)]}, "LiDAR 2 is calibrated twice"),
         ({"calibrations": [calibration(2, beams=[0.0, np.nan])]}, "beam inclination of LiDAR 2 is not finite"),
         ({"lasers": [laser(1), laser(1)]}, "LiDAR 1 occurs twice"),
-        ({"lasers": [laser(6)]}, "there is no LiDAR 6"),
+        ({"lasers": [laser(6)]}, "LiDAR 6 at byte .* is none of 1 to 5"),
         ({"labels": [label(box=(1, 2, 3))]}, r"label 'a' \(bytes .* lacks a number"),
         ({"labels": [label(box=(1, 2, 3, -1, 1, 1, 0))]}, "of a negative size"),
         ({"labels": [label(kind=300)]}, r"type, difficulty or count that cannot be: \[300"),

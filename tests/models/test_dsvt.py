@@ -167,7 +167,7 @@ def test_the_published_forty_cell_strides_are_refused_with_strides_that_fit():
     assert "stage 3 is 2 cells high, its window 1" in message
     assert "40, 10, 3, 2" in message
     assert "windows[3] = (12, 12, 2)" in message
-    strides = message.split("Strides along z of ")[1].split(" would")[0].split(", ")
+    strides = message.split("strides along z of ")[1].split(", which")[0].split(", ")
     fitting = dsvt_config.waymo_voxel_192().with_overrides([f"strides={[[1, 1, int(s)] for s in strides]}"])
     fitting.stage_shapes((512, 512, 40))
 
@@ -175,10 +175,10 @@ def test_the_published_forty_cell_strides_are_refused_with_strides_that_fit():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["heads=5"], "16 channels cannot be shared by 5 heads; heads=4 would fit"),
-        (["blocks=[1]"], "blocks has 1 stages, so set_sizes needs 1 entries; it has 2"),
-        (["blocks=[0,1]"], "must be at least 1"),
-        (["shifts=[[0,0,0],[-3,0,0]]"], "shifts must be 0 or more"),
+        (["heads=5"], "16 channels cannot be shared by 5 heads. Set heads=4, which would fit"),
+        (["blocks=[1]"], "blocks has 1 stages, so set_sizes needs 1 entries (it has 2"),
+        (["blocks=[0,1]"], "Set each to at least 1"),
+        (["shifts=[[0,0,0],[-3,0,0]]"], "Set each to 0 or more"),
         (["channel=3"], "Did you mean 'channels'"),
     ],
 )
@@ -188,7 +188,7 @@ def test_settings_that_contradict_each_other_are_refused_in_words(overrides: lis
 
 
 def test_a_window_higher_than_the_grid_is_refused_with_one_that_fits():
-    with pytest.raises(ConfigError, match=r"windows\[0\] = \(6, 6, 4\) would fit"):
+    with pytest.raises(ConfigError, match=r"Set windows\[0\] = \(6, 6, 4\)"):
         Dsvt(SMALL, (26, 19, 4))
 
 

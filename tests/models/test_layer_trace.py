@@ -62,7 +62,7 @@ def test_watching_changes_nothing_and_ends():
 
 
 def test_an_encoder_that_did_not_run_has_no_layers():
-    with trace_layers(encoder()) as trace, pytest.raises(ConfigError, match="run the encoder"):
+    with trace_layers(encoder()) as trace, pytest.raises(ConfigError, match="Run the encoder"):
         trace.at_voxels(0)
 
 

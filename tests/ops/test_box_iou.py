@@ -215,9 +215,9 @@ def test_classes_suppress_their_own_boxes_only_and_a_threshold_of_0_none():
 
 def test_values_that_are_not_numbers_are_refused():
     good, bad = torch.tensor([box()]), torch.tensor([box(x=math.nan)])
-    with pytest.raises(ValueError, match="b: box 0 holds NaN"):
+    with pytest.raises(ValueError, match="b must be finite: box 0 holds NaN"):
         bev_overlap(good, bad)
-    with pytest.raises(ValueError, match="a score is NaN"):
+    with pytest.raises(ValueError, match="scores must be finite"):
         rotated_nms(good, torch.tensor([math.nan]), 0.5)
     with pytest.raises(ValueError, match="7"):
         iou_3d_paired(good[:, :6], good[:, :6])

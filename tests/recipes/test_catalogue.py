@@ -197,7 +197,7 @@ def test_an_unknown_recipe_names_the_nearest_of_its_kind():
         pretraining_recipe("town-segmentation", Path("p"))
     with pytest.raises(ConfigError, match="Did you mean 'town-segmentation'"):
         segmentation_recipe("town-segment", Path("p"))
-    with pytest.raises(ConfigError, match=r"no recipe is called 'zzz'\. There are: "):
+    with pytest.raises(ConfigError, match=r"no recipe is called 'zzz'\. Choose one of "):
         any_recipe("zzz", Path("p"))
 
 

@@ -15,7 +15,7 @@ def test_a_grid_counts_its_cells():
 
 
 def test_a_grid_that_does_not_divide_says_what_would_fit():
-    with pytest.raises(ConfigError, match=r"y from -51\.2 to 51\.2 m is 341\.333 cells of 0\.3 m.*range_max y = 51\.1 would"):
+    with pytest.raises(ConfigError, match=r"y from -51\.2 to 51\.2 m is 341\.333 cells of 0\.3 m.*Set range_max y = 51\.1"):
         VoxelGrid((-48.0, -51.2, -5.0), (48.0, 51.2, 3.0), (0.3, 0.3, 8.0))
 
 

@@ -113,7 +113,7 @@ def test_other_settings_and_foreign_folders_are_refused(dataset, tmp_path):
     with pytest.raises(ConfigError, match="never mixed with a town"):
         write(tmp_path / "raw")
     for name in ("scenes", "frames_per_scene", "processes"):
-        with pytest.raises(ConfigError, match=f"{name} = 0: at least 1"):
+        with pytest.raises(ConfigError, match=f"{name} = 0: too few. Ask for at least 1"):
             write(tmp_path / "none", **{name: 0})
     assert not (tmp_path / "none").exists()
 

@@ -100,7 +100,7 @@ def test_other_weights_are_another_teacher(run: Path, tmp_path: Path):
 
 
 def test_what_cannot_be_a_teacher_is_refused_in_words(run: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match="name its folder or checkpoint with --weights"):
+    with pytest.raises(ConfigError, match="Name its folder or checkpoint: --weights"):
         build_teacher("encoder", None, CPU)
     with pytest.raises(ConfigError, match=r"changes with every step.*--recipe town-ema"):
         build_teacher("ema", None, CPU)

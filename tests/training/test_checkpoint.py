@@ -177,5 +177,5 @@ def test_weights_of_a_run_folder_are_the_finished_ones_or_else_the_newest(tmp_pa
     assert {n: t.tolist() for n, t in load_weights(tmp_path).tensors.items()} == {"w": [0.0]}
     save_checkpoint(tmp_path / "model.safetensors", {"model.w": torch.ones(1)}, {})
     assert load_weights(tmp_path).tensors["w"].tolist() == [1.0]
-    with pytest.raises(CheckpointError, match="Has training started"):
+    with pytest.raises(CheckpointError, match="Wait until training has written one"):
         load_weights(tmp_path / "checkpoints")
