@@ -31,8 +31,8 @@ def test_the_command_makes_a_database_that_the_dataset_is_told_to_have(tmp_path)
     ("words", "said"),
     [
         (["--classes", "kitti"], "choose one of all, nuscenes, waymo"),
-        (["--every", "car"], "expected CLASS=N"),
-        (["--every", "car=two"], "expected CLASS=N"),
+        (["--every", "car"], "not of the form CLASS=N"),
+        (["--every", "car=two"], "not of the form CLASS=N"),
         (["--classes", "nuscenes", "--every", "cart=2"], "no class 'cart'"),
     ],
 )
