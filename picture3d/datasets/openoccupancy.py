@@ -186,13 +186,18 @@ def label_files(root: Path, scenes: frozenset[str], dataset: PreparedDataset, lo
     """The label files of a log's keyframes, and how many others its scene has. Names are looked up, never built from tokens.
 
     Raises:
-        DataError: if the log is not of nuScenes, or its scene has files and none of them is named after a keyframe.
+        DataError: if the log is not of nuScenes, its scene has files and none of them is named after a keyframe, or the folder
+            of the scene was there when the scenes were listed and is gone.
     """
     name = f"scene_{_scene(dataset, log)}"
     if name not in scenes:
         return [], 0
     folder = root / name / "occupancy"
     sizes = {file: size for file, size in _listed(folder) if file.endswith(".npy")}
+    if not sizes and not (root / name).is_dir():
+        raise DataError(
+            f"{root / name}: has vanished since the run began. Bring it back and run again: what is attached is kept."
+        )
     reader = dataset.reader(log)
     tokens = [(index, reader.token(index)) for index in reader.keyframes]
     files = [
