@@ -8,6 +8,7 @@ command, once the trouble is mended, ends with the files of a run that met none.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -207,6 +208,8 @@ def vanished_and_mended(place: Place, tmp_path: Path, capsys: pytest.CaptureFixt
         aside = [line for line in said.splitlines() if " is set aside: " in line]
         assert aside
         assert all(f"aside: {source}" in line for line in aside), "the file is named"
+        known = json.loads((out / "dataset.json").read_text())["logs"]
+        assert {path.stem for path in (out / "logs").iterdir()} == set(known)
     assert "Traceback" not in said
     assert left_overs(out.parent) == []
     status, said = run(place.command(name, out), capsys)
