@@ -19,6 +19,7 @@ import torch
 from picture3d import __version__
 from picture3d.ops.kernel_map import build_kernel_map
 from picture3d.ops.sparse_conv import sparse_conv
+from picture3d.training.host_memory import SWITCH, can_keep_freed_memory, keep_freed_memory
 from picture3d.training.threads import set_threads
 
 REQUIRED = ("torch", "numpy", "pydantic", "typer", "rich", "safetensors", "google-crc32c", "pillow", "scipy")
@@ -29,6 +30,8 @@ OPTIONAL = {
 # A second thread may bring little, but if it costs this much, something is wrong with the process or the machine.
 _SLOWER_WITH_THREADS = 1.5
 _REPEATS = 5
+_KEPT = f"what is freed stays with a process that computes ({SWITCH}=0 returns it to the system)"
+_RETURNED = "what is freed goes back to the system: steps on large sweeps are slower"
 
 
 def doctor(*, folder: Path, threads: int, as_json: bool) -> str:
@@ -58,6 +61,7 @@ def examine(folder: Path, threads: int) -> dict[str, Any]:
         "missing": {name: {"for": OPTIONAL[name][0], "get": OPTIONAL[name][1]} for name in missing},
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": wanted,
+        "keeps_freed_memory": can_keep_freed_memory(),
         "devices": _devices(),
         "free_gb": round(disk.free / 1e9, 1),
         "disk_of": str(folder),
@@ -68,6 +72,7 @@ def examine(folder: Path, threads: int) -> dict[str, Any]:
 
 def speed_test(threads: int) -> dict[str, float]:
     """GFLOP/s of float32 and bf16 matrix products; milliseconds of a kernel map and a sparse convolution of 16k cells."""
+    keep_freed_memory()
     set_threads(threads)
     torch.manual_seed(0)
     matrix = torch.randn(1024, 1024)
@@ -139,6 +144,7 @@ def _text(report: dict[str, Any]) -> str:
         f"packages   {packages}",
         f"devices    {', '.join(report['devices'])}",
         f"cores      {report['cores']}; commands use {report['threads']} threads",
+        f"memory     {_KEPT if report['keeps_freed_memory'] else _RETURNED}",
         f"free disk  {report['free_gb']:g} GB at {report['disk_of']}",
     ]
     for count, speed in report["speed"].items():

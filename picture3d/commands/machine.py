@@ -1,4 +1,4 @@
-"""Device and threads of a command, chosen once at its start."""
+"""Device, threads and memory of a command, chosen once at its start."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from picture3d.errors import ConfigError
 from picture3d.training.distributed import Place
+from picture3d.training.host_memory import keep_freed_memory
 from picture3d.training.threads import set_threads
 
 
@@ -29,9 +30,12 @@ def choose_device(name: str) -> torch.device:
 def start(device: str, threads: int, place: Place | None = None) -> torch.device:
     """Sets the CPU threads and returns the device; each process of a machine has a GPU of its own unless one is named.
 
+    Memory that the process frees stays with it from here on, where the C library can be told so (`training.host_memory`).
+
     Raises:
         ConfigError: if there is no such device, or fewer GPUs than processes.
     """
+    keep_freed_memory()
     set_threads(threads)
     chosen = choose_device(device)
     if place is None or place.world == 1 or chosen.type != "cuda" or chosen.index is not None:

@@ -41,3 +41,10 @@ def test_missing_parts_are_named_with_the_way_to_get_them(monkeypatch, tmp_path)
     assert report["free_gb"] > 0
     assert report["devices"][0] == "cpu"
     assert Path(report["disk_of"]).name == "there"
+
+
+def test_whether_freed_memory_is_kept_is_named_with_the_switch(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_in_fresh_process", fixed_speed)
+    for kept, words in ((True, "PICTURE3D_KEEP_FREED_MEMORY=0 returns it to the system"), (False, "goes back to the system")):
+        monkeypatch.setattr(doctor, "can_keep_freed_memory", lambda kept=kept: kept)
+        assert words in doctor.doctor(folder=tmp_path, threads=1, as_json=False)
