@@ -1,11 +1,13 @@
 """A whole pre-training step against its padded twin: processor seconds, share of the matrix-product rate, peak memory.
 
-    python benchmarks/pretrain_step.py --data FOLDER [--sweep nuscenes|waymo] [--threads 1] [--steps 3] [--checkpointing]
+    python benchmarks/pretrain_step.py --data FOLDER [--sweep nuscenes|waymo] [--threads 1] [--steps 3]
+        [--checkpointing] [--memory kept|ours|returned]
 
 FOLDER holds `nuscenes/keyframe_sequence/pc/pc*.npy` (float32 x y z intensity 0..255) or `waymo/lidar_frames/*.bin` (float32
 x y z tanh(intensity) elongation); the first sweep is taken, as the Waymo recipe sees it (width 192). A step is: targets of the
 voxels with k-means, mask, encode, decode, losses, backward, optimiser; the town teacher's features of the points are made once
-beforehand. The twin is the published form: padded sets in encoder and decoder, scikit-learn's k-means on the host.
+beforehand. The twin is the published form: padded sets in encoder and decoder, scikit-learn's k-means on the host. `--memory`
+says which of the two run as commands do, keeping the memory they free (`training.host_memory`): both, ours alone, or neither.
 
 Each form runs in a process of its own, so that its peak is its own; the memory before the first step is subtracted. Processor
 seconds of all threads are least affected by other load; the seconds on the clock are given too.
@@ -37,6 +39,7 @@ from picture3d.recipes.configs import TargetsConfig
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.points import IntensityUnit, PointCloud
 from picture3d.teachers.town.teacher import load_town_teacher
+from picture3d.training.host_memory import keep_freed_memory
 from picture3d.training.optim import build_optimizer
 from picture3d.training.runlog import describe_environment
 
@@ -78,6 +81,8 @@ def published_kmeans(features: Tensor, k: int, generator: torch.Generator, max_i
 
 def one(form: str, args: argparse.Namespace) -> dict[str, Any]:
     """Times one form; shares of parts, and the peak above what was held before the first step."""
+    if args.memory == "kept" or (args.memory == "ours" and form != "padded"):
+        assert keep_freed_memory()
     torch.set_num_threads(args.threads)
     base = pretraining_recipe("waymo-picture", args.data)
     encoder = base.encoder.model_copy(update={"attention": form, "activation_checkpointing": args.checkpointing})
@@ -126,11 +131,6 @@ def one(form: str, args: argparse.Namespace) -> dict[str, Any]:
 
     held_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     losses = step()
-    counter = FlopCounterMode(display=False)
-    with counter:
-        step()
-    total_operations = counter.get_total_flops()
-    counter = None
     best: dict[str, float] = {}
     for _ in range(args.steps):
         seconds.clear()
@@ -139,6 +139,11 @@ def one(form: str, args: argparse.Namespace) -> dict[str, Any]:
         took = {"processor": time.process_time() - begin, "clock": time.perf_counter() - clock, **seconds}
         best = {name: min(value, best.get(name, value)) for name, value in took.items()}
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    counter = FlopCounterMode(display=False)  # last: counting changes what a step keeps
+    with counter:
+        step()
+    total_operations = counter.get_total_flops()
+    counter = None
     a, b = torch.randn(7000, 192), torch.randn(192, 384)
     rates = []
     for _ in range(20):
@@ -164,6 +169,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward, in our form only")
+    parser.add_argument("--memory", choices=("kept", "ours", "returned"), default="kept")
     parser.add_argument("--one", choices=FORMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
@@ -172,7 +178,7 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     for form in FORMS:
         words = [sys.executable, __file__, "--one", form, "--data", str(args.data), "--sweep", args.sweep]
-        words += ["--threads", str(args.threads), "--steps", str(args.steps)]
+        words += ["--threads", str(args.threads), "--steps", str(args.steps), "--memory", args.memory]
         words += ["--checkpointing"] if args.checkpointing and form == "bucketed" else []
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
         found[form] = json.loads(done.stdout.splitlines()[-1])
@@ -195,7 +201,11 @@ def main() -> None:
         f"quotients: processor {padded['seconds']['processor'] / ours['seconds']['processor']:.2f}, "
         f"peak memory {padded['peak_mib'] / ours['peak_mib']:.2f}"
     )
-    print(json.dumps({"load": os.getloadavg(), "checkpointing": args.checkpointing, **describe_environment("cpu")}))
+    print(
+        json.dumps(
+            {"load": os.getloadavg(), "checkpointing": args.checkpointing, "memory": args.memory, **describe_environment("cpu")}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from picture3d.ops.sets import (
     padded_sets,
     set_partition,
     set_runs,
-    window_partition,
+    window_partitions,
     window_places,
 )
 from picture3d.structures.voxels import SparseVoxels, voxel_keys
@@ -177,10 +177,10 @@ def make_set_layout(windows: Windows, set_size: int, attention: str) -> SetLayou
 def _both_windows(config: DsvtConfig, shape: Triple, stage: int, coords: Tensor) -> tuple[Windows, Windows]:
     x, y, z = config.windows[stage]
     fx, fy, fz = config.hybrid_factor
-    return (
-        window_partition(coords, shape, (x, y, z), config.shifts[0]),
-        window_partition(coords, shape, (x * fx, y * fy, z * fz), config.shifts[1]),
+    first, second = window_partitions(
+        coords, shape, [((x, y, z), config.shifts[0]), ((x * fx, y * fy, z * fz), config.shifts[1])]
     )
+    return first, second
 
 
 class _InputLayer(nn.Module):

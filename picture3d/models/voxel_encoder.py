@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from picture3d.errors import ConfigError
 from picture3d.models.row_norm import RowBatchNorm
@@ -80,8 +81,7 @@ class VoxelEncoder(nn.Module):
         with torch.autocast(batch.xyz.device.type, enabled=False):
             hidden = first(self.point_inputs(batch, assignment))
         voxel, count = assignment.voxel_of_point, assignment.num_voxels
-        hidden = torch.cat([hidden, gather_rows(segment_max(hidden, voxel, count), voxel)], dim=1)
-        points = second(hidden)
+        points = second(hidden, segment_max(hidden, voxel, count), voxel)
         feats = segment_max(points, voxel, count)
         voxels = SparseVoxels(assignment.coords, feats, self.grid_shape, batch.batch_size)
         return EncodedVoxels(voxels, assignment, points)
@@ -105,5 +105,13 @@ class _PointLayer(nn.Module):
         self.linear = nn.Linear(in_channels, out_channels, bias=False)
         self.norm = RowBatchNorm(out_channels, eps=1e-3, momentum=momentum)
 
-    def forward(self, values: Tensor) -> Tensor:
-        return torch.relu(self.norm(self.linear(values)))
+    def forward(self, values: Tensor, of_voxel: Tensor | None = None, voxel: Tensor | None = None) -> Tensor:
+        """(K, I) values of points, in the second layer joined with the (M, J) values of their voxels, to (K, C).
+
+        Points and voxels are multiplied apart: the product of a voxel is the same for all its points.
+        """
+        if of_voxel is None or voxel is None:
+            return torch.relu(self.norm(self.linear(values)))
+        own, shared = self.linear.weight.split([values.shape[1], of_voxel.shape[1]], dim=1)
+        products = F.linear(values, own)
+        return torch.relu(self.norm(products.add_(gather_rows(F.linear(of_voxel, shared), voxel))))

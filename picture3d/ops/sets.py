@@ -10,8 +10,10 @@ Source: "DSVT: Dynamic Sparse Voxel Transformer with Rotated Sets", CVPR 2023, s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,18 +111,25 @@ def window_partition(coords: Tensor, grid_shape: Triple, window: Triple, offset:
         window: cells of a window along x, y, z.
         offset: cells by which the voxels are moved before windows are cut.
     """
-    if window[2] == grid_shape[2]:
-        offset = (offset[0], offset[1], 0)
+    return window_partitions(coords, grid_shape, [(window, offset)])[0]
+
+
+def window_partitions(coords: Tensor, grid_shape: Triple, cuts: Sequence[tuple[Triple, Triple]]) -> tuple[Windows, ...]:
+    """:func:`window_partition` for several pairs of window and offset at once."""
     device = coords.device
+    cuts = [(window, (*offset[:2], 0 if window[2] == grid_shape[2] else offset[2])) for window, offset in cuts]
     # Cell numbers are far below 2**23, where a float32 quotient rounds down to the right integer; integer division is ten
-    # times slower. Window ids are put together in float64, exact to 2**53. The batch index goes through as it is.
-    cells = coords.float() + torch.tensor((0, *offset), dtype=torch.float32, device=device)
-    size = torch.tensor((1, *window), dtype=torch.float32, device=device)
+    # times slower. Window ids are put together in float64, exact to 2**53. The batch index goes through as it is. All of it
+    # column by column: operations on rows of four are several times slower.
+    columns = torch.stack([column.float() for column in coords.unbind(1)])
+    size = torch.tensor([(1, *window) for window, _ in cuts], dtype=torch.float32, device=device)[:, :, None]
+    cells = columns + torch.tensor([(0, *offset) for _, offset in cuts], dtype=torch.float32, device=device)[:, :, None]
     index = (cells / size).floor_()
-    nx, ny, nz = (-(-cells_along // window_along) + 1 for cells_along, window_along in zip(grid_shape, window, strict=True))
-    id_of_index = torch.tensor([nx * ny * nz, ny * nz, nz, 1], dtype=torch.float64, device=device)
-    row = (index.double() @ id_of_index).to(torch.int64)
-    return Windows(row, cells.addcmul_(index, size, value=-1)[:, 1:], window)
+    counts = [[-(-cells // along) + 1 for cells, along in zip(grid_shape, window, strict=True)] for window, _ in cuts]
+    id_of_index = torch.tensor([[x * y * z, y * z, z, 1] for x, y, z in counts], dtype=torch.float64, device=device)
+    ids = torch.bmm(id_of_index[:, None], index.double()).squeeze(1).to(torch.int64)
+    positions = cells.addcmul_(index, size, value=-1)[:, 1:].mT
+    return tuple(Windows(*of) for of in zip(ids, positions, [window for window, _ in cuts], strict=True))
 
 
 def window_places(windows: Windows) -> WindowPlaces:
@@ -128,7 +137,7 @@ def window_places(windows: Windows) -> WindowPlaces:
     wx, wy, wz = windows.size
     device = windows.window.device
     places = torch.tensor([wy * wz, wz, 1], dtype=torch.float64, device=device)
-    key = (windows.position.double() @ places).to(torch.int64)
+    key = (places @ windows.position.T.double()).to(torch.int64)
     if wx * wy * wz <= 4 * len(key):  # a window larger than the sweep is not written out
         in_cell = torch.bincount(key, minlength=wx * wy * wz)
         cell = in_cell.nonzero().squeeze(1)
@@ -151,9 +160,9 @@ def set_partition(windows: Windows, set_size: int) -> SetPartition:
     bits = (wx * wy * wz - 1).bit_length()
     # Where a voxel comes in its window: y-first in the upper row, x-first in the lower one.
     places = torch.tensor([[wz, wx * wz, 1], [wy * wz, wz, 1]], dtype=torch.float64, device=device)
-    keys = (places @ windows.position.double().T).to(torch.int64).add_(windows.window << bits)
-    order, ordered = _sorted_rows(keys)
-    _, voxels_in = torch.unique_consecutive(ordered[X_FIRST] >> bits, return_counts=True)
+    keys = (places @ windows.position.T.double()).to(torch.int64).add_(windows.window << bits)
+    order = _ascending(keys)
+    _, voxels_in = torch.unique_consecutive(windows.window.index_select(0, order[X_FIRST]), return_counts=True)
     sets_in = (voxels_in + set_size - 1) // set_size
     window_of_set = torch.repeat_interleave(sets_in)
     before = sets_in.cumsum(0) - sets_in
@@ -163,20 +172,15 @@ def set_partition(windows: Windows, set_size: int) -> SetPartition:
     return SetPartition(order, torch.cat([start, start.new_tensor([num_voxels])]), set_size)
 
 
-def _sorted_rows(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of (..., N) int64 keys, none negative, in ascending order along the last axis, and the sorted keys.
+def _ascending(keys: Tensor) -> Tensor:
+    """Places of (..., N) integer keys in ascending order along the last axis; equal keys keep their order.
 
-    Equal keys keep their order. On a CPU the place is packed below the key and values alone are sorted, by numpy's vectorised
-    sort: several times faster than a sort that carries indices.
+    On a CPU by numpy's stable sort, which merges the runs that are there already. Voxels come sorted by x, y, z, and in both
+    orders keys grow along each row of cells: it takes a fifth of the time of a sort from nothing.
     """
-    count = keys.shape[-1]
-    bits = count.bit_length()
-    if keys.is_cuda or count == 0 or int(keys.max()) >> (62 - bits):
-        ordered, places = torch.sort(keys, stable=True)
-        return places, ordered
-    packed = (keys << bits).bitwise_or_(torch.arange(count))
-    packed.numpy().sort(axis=-1)
-    return packed & ((1 << bits) - 1), packed.bitwise_right_shift_(bits)
+    if keys.is_cuda:
+        return torch.argsort(keys, dim=-1, stable=True)
+    return torch.from_numpy(np.argsort(keys.numpy(), axis=-1, kind="stable"))
 
 
 def padded_sets(windows: Windows, set_size: int) -> PaddedSets:
@@ -204,7 +208,8 @@ def set_runs(partition: SetPartition) -> SetRuns:
     """Sorts the sets by their length; sets of equal length stay in their order."""
     start, num_voxels = partition.set_start, partition.num_voxels
     length = start[1:] - start[:-1]
-    by_length, ordered = _sorted_rows(length)
+    by_length = _ascending(length)
+    ordered = length.index_select(0, by_length)
     moved = start[:-1].index_select(0, by_length) - (ordered.cumsum(0) - ordered)
     rank_of_place = torch.repeat_interleave(moved, ordered, output_size=num_voxels)
     rank_of_place += torch.arange(num_voxels, device=start.device)

@@ -182,10 +182,3 @@ def test_runs_hold_every_set_once_and_whole(count, set_size, seed):
         found = [tuple(piece.tolist()) for piece in runs.voxel_of_place[axis].split(lengths)]
         pieces = [tuple(p.tolist()) for p in torch.tensor_split(partition.order[axis], partition.set_start[1:-1]) if len(p)]
         assert sorted(found) == sorted(pieces)
-
-
-def test_keys_too_large_to_pack_are_sorted_all_the_same():
-    position = torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 0, 0]])
-    near, far = (Windows(base + torch.tensor([1, 1, 0]), position, (2, 1, 1)) for base in (0, 1 << 60))
-    for one, other in ((set_partition(windows, 1).order, torch.tensor([[2, 1, 0]] * 2)) for windows in (near, far)):
-        assert torch.equal(one, other)
