@@ -28,8 +28,9 @@ def feed_forward(x: Tensor, attended: Tensor, weights: FeedForwardWeights) -> Te
     """From what attention says to the output of an encoder layer.
 
     With ``h = norm1(x + attended)``: ``norm3(norm2(h + linear2(gelu(linear1(h)))) + x)``, GELU in its exact (erf) form.
-    Kept for the backward are the sums that enter the first two norms and what enters the GELU; `feed_forward_plain` is the
-    readable twin. Sums and norms are taken in float32 at least, products in the dtype of `attended`.
+    Kept for the backward are `x` and the sums that enter the first two norms; the rows of width F in between, which would take
+    as much again, are made anew from them. `feed_forward_plain` is the readable twin. Sums and norms are taken in float32 at
+    least, products in the dtype of `attended`.
 
     Args:
         x: (N, C) input of the layer.
@@ -62,32 +63,34 @@ class _FeedForward(Function):
         with torch.autocast(x.device.type, enabled=False):
             sum1 = x.to(torch.promote_types(x.dtype, torch.float32)) + attended
             hidden, *spread1 = _norm(sum1, norm1, eps)
-            inner = F.linear(hidden.to(low), weight1.to(low), bias1.to(low))
-            sum2 = hidden.add_(F.linear(F.gelu(inner), weight2.to(low), bias2.to(low)))
+            inner = F.gelu(F.linear(hidden.to(low), weight1.to(low), bias1.to(low)))
+            sum2 = hidden.add_(F.linear(inner, weight2.to(low), bias2.to(low)))
+            del inner
             normal, *spread2 = _norm(sum2, norm2, eps)
             out, *spread3 = _norm(normal.add_(x), norm3, eps)
-        ctx.save_for_backward(x, sum1, inner, sum2, *spread1, *spread2, *spread3, *weights)
-        ctx.eps = eps
+        ctx.save_for_backward(x, sum1, sum2, *spread1, *spread2, *spread3, *weights)
+        ctx.eps, ctx.low = eps, low
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grads
-        x, sum1, inner, sum2, *rest = ctx.saved_tensors
+        x, sum1, sum2, *rest = ctx.saved_tensors
         spread1, spread2, spread3, weights = rest[0:2], rest[2:4], rest[4:6], rest[6:]
         norm1, (weight1, bias1, weight2, bias2), norm2, norm3 = weights[:2], weights[2:6], weights[6:8], weights[8:]
-        low = inner.dtype
+        low = ctx.low
         sum3 = _norm(sum2, norm2, ctx.eps)[0].add_(x)
         grad_sum3, *grads3 = _norm_backward(grad, sum3, spread3, norm3)
         del sum3
         grad_sum2, *grads2 = _norm_backward(grad_sum3, sum2, spread2, norm2)
+        hidden = _norm(sum1, norm1, ctx.eps)[0].to(low)
+        inner = F.linear(hidden, weight1.to(low), bias1.to(low))
         grad_low = grad_sum2.to(low)
         grad_linear2 = (grad_low.T @ F.gelu(inner)).to(weight2.dtype), grad_sum2.sum(0).to(bias2.dtype)
         grad_inner = torch.ops.aten.gelu_backward(grad_low @ weight2.to(low), inner)
-        hidden = _norm(sum1, norm1, ctx.eps)[0]
-        grad_linear1 = (grad_inner.T @ hidden.to(low)).to(weight1.dtype), grad_inner.sum(0).to(bias1.dtype)
-        del hidden
+        grad_linear1 = (grad_inner.T @ hidden).to(weight1.dtype), grad_inner.sum(0).to(bias1.dtype)
+        del hidden, inner
         if low == grad_sum2.dtype:
             grad_hidden = grad_sum2.addmm_(grad_inner, weight1)
         else:
