@@ -6,8 +6,9 @@
 on the town, one loader process, a checkpoint every 50 steps) run for so many minutes each, on the prepared town in FOLDER; it
 is made if it is not there. Each is a process of its own that is watched from outside every two seconds.
 
-Compared are the second tenth of the time and the last one; the first is left out, in which caches fill up. Memory and files are
-medians. Seconds are given by the clock and by the processor: the second hardly depends on what else the machine is doing.
+Every second tenth of the time is told; in the first one caches fill up. Memory and files are medians, the pages that a loader
+process shares with its parent count for both. Seconds are given by the clock and by the processor: the second hardly depends on
+what else the machine is doing.
 """
 
 from __future__ import annotations
@@ -89,15 +90,17 @@ def watched(words: list[str], log: Path, seconds: float) -> list[Look]:
 def report(name: str, unit: str, looks: list[Look]) -> None:
     tenth = len(looks) // 10
     print(f"{name}: {looks[-1].done} {unit}s in {looks[-1].at_s / 60:.1f} minutes, load at the end {os.getloadavg()[0]:.1f}")
-    for when, part in (("start", looks[tenth : 2 * tenth + 1]), ("end", looks[-tenth - 1 :])):
+    for number in (2, 4, 6, 8, 10):
+        part = looks[(number - 1) * tenth : number * tenth + 1]
         done = max(1, part[-1].done - part[0].done)
+        clock_s, processor_s = ((getattr(part[-1], what) - getattr(part[0], what)) / done for what in ("at_s", "processor_s"))
         memory, loader, files = (
             statistics.median(getattr(one, what) for one in part) for what in ("resident_mb", "loader_mb", "files")
         )
         print(
-            f"  {when:5s} {memory:6.0f} MB resident, {loader:5.0f} MB in loader processes, {files:.0f} open files, "
-            f"{(part[-1].at_s - part[0].at_s) / done:.3f} s a {unit} by the clock, "
-            f"{(part[-1].processor_s - part[0].processor_s) / done:.3f} s of processor ({done} {unit}s)"
+            f"  tenth {number:2d}: {memory:6.0f} MB resident (most {max(one.resident_mb for one in part):.0f}), "
+            f"{loader:5.0f} MB in loader processes, {files:.0f} open files, {clock_s:.3f} s a {unit} by the clock, "
+            f"{processor_s:.3f} s of processor ({done} {unit}s)"
         )
 
 

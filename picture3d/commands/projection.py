@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import platform
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 
 from picture3d.commands.prepare import codec_of_step
 from picture3d.datasets.projection import Measured, Projection, measure_prepared, measure_raw, project
+from picture3d.workers import worker_pool
 
 
 def data_projection(folder: Path, *, frames: int, sweeps: int, xyz_step: float, processes: int, as_json: bool) -> str:
@@ -30,7 +29,7 @@ def data_projection(folder: Path, *, frames: int, sweeps: int, xyz_step: float, 
         codec = codec_of_step(xyz_step)
         work = partial(measure_raw, folder, frames, xyz_codec=codec, sweeps=sweeps)
     # In a process of its own, as a worker of `prepare` is: its memory is that of the work.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(1) as pool:
         measured = pool.submit(work).result()
     projections = project(measured)
     if as_json:

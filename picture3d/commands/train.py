@@ -59,7 +59,7 @@ def pretrain(
 def run_pretraining(config: PretrainConfig, out: Path, resume: bool, device: str, threads: int) -> FitResult:
     """Pre-trains by a resolved config."""
     place = launched_place()
-    machine = start(device, threads, place)
+    machine = start(device, threads or config.training.threads, place)
     with joined_team(machine, place=place) as team, _writing(out, team):
         return _pretrain(config, out, resume, machine, team)
 
@@ -126,7 +126,7 @@ def run_finetuning(
 ) -> FitResult:
     """Fine-tunes by a resolved config."""
     place = launched_place()
-    machine = start(device, threads, place)
+    machine = start(device, threads or config.training.threads, place)
     with joined_team(machine, place=place) as team, _writing(out, team):
         return _finetune(config, out, resume, machine, team)
 

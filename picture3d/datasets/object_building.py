@@ -7,11 +7,9 @@ nor with objects. The same data and settings give the same bytes.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +42,7 @@ from picture3d.datasets.object_parts import (
 from picture3d.datasets.prepared import PreparedDataset
 from picture3d.errors import ConfigError, DataError
 from picture3d.files import replacing
+from picture3d.workers import worker_pool
 
 _POINTS_AT_ONCE = 1 << 18
 
@@ -153,8 +152,7 @@ def _run(jobs: Sequence[_Job], processes: int, dataset: PreparedDataset) -> Iter
         for job in jobs:
             yield job.log, _make(job, dataset)
         return
-    # "spawn" is the one way that is safe beside threads and the same on every system.
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(min(processes, len(jobs))) as pool:
         for job, was_made in zip(jobs, pool.map(_make_in_worker, jobs), strict=True):
             yield job.log, was_made
 

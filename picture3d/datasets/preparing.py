@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +32,7 @@ from picture3d.files import job_share, read_json_object, unreadable, write_json
 from picture3d.formats.columns import PLANES, Codec
 from picture3d.structures.frame import Frame
 from picture3d.structures.points import PointCloud
+from picture3d.workers import worker_pool
 
 Progress = Callable[[int, int], None]
 _FOLDERS_NAMED = 3  # with the most missing files; of the others the number is told
@@ -194,9 +193,7 @@ def _written(
         for plan in plans:
             yield _write_log(out, plan, xyz_codec, tick)
         return
-    # "spawn" is the one way that is safe beside threads and the same on every system.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(plans)), mp_context=context) as pool:
+    with worker_pool(min(processes, len(plans))) as pool:
         futures = [pool.submit(_write_log, out, plan, xyz_codec) for plan in plans]
         try:
             for future in futures:

@@ -6,13 +6,13 @@ import multiprocessing
 import queue
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
 from picture3d.errors import ConfigError, DataError
 from picture3d.files import read_json_object, write_json
+from picture3d.workers import worker_pool
 
 # Written last into the root of a dataset: its settings, and which scenes are for training and which for validation.
 SPLITS_FILE = "picture3d_splits.json"
@@ -97,12 +97,9 @@ def run_jobs(write: Callable[[Job], Iterable[int]], jobs: list[Job], processes: 
         for job in jobs:
             yield from write(job)
         return
-    # "spawn" is the one way that is safe beside threads (BLAS, progress bars) and the same on every system.
     context = multiprocessing.get_context("spawn")
     ticks, stop = context.Queue(), context.Event()
-    with ProcessPoolExecutor(
-        min(processes, len(jobs)), mp_context=context, initializer=_set_worker, initargs=(ticks, stop)
-    ) as pool:
+    with worker_pool(min(processes, len(jobs)), initializer=_set_worker, initargs=(ticks, stop)) as pool:
         futures = [pool.submit(_write_in_worker, write, job) for job in jobs]
         try:
             while not all(future.done() for future in futures) or not ticks.empty():

@@ -30,7 +30,6 @@ from picture3d.training.plan import BatchSource, Task, TrainingConfig
 from picture3d.training.runlog import Progress, RunFolder, duration
 from picture3d.training.state import RunState, check_data, check_plan, model_tensors, restore_tensors, training_tensors
 from picture3d.training.step import StepNumbers, Stepper, StepPlace
-from picture3d.training.threads import set_threads
 
 ProgressCallback = Callable[[int, int, str], None]
 
@@ -76,7 +75,6 @@ def fit(
             and `resume` is not set, or if the length of the schedule has changed.
         KeyboardInterrupt: after a signal, when the checkpoint is written.
     """
-    set_threads(config.threads)
     team = team or Team()
     run.writes = team.writes
     if not run.claimed:

@@ -55,7 +55,7 @@ class TrainingConfig(FrozenConfig):
     checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints; one is always written at the end")
     keep_last: int = Field(default=2, ge=1, description="newest checkpoints kept, besides the best")
     seed: int = Field(default=0, ge=0, description="seed of everything random in training")
-    threads: int = Field(default=0, ge=0, description="CPU threads; 0: as the process was started")
+    threads: int = Field(default=0, ge=0, description="CPU threads of the command; 0: as it was started")
     optim: OptimConfig = OptimConfig()
 
     @model_validator(mode="after")

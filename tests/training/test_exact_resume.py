@@ -49,7 +49,7 @@ def train(kind: str, data: Path, out: Path, *, resume: bool = False, killed_at: 
     }[kind]()
     mixed = json.dumps([{"root": str(data / "two"), "weight": 0.7, "name": "two"}])
     config = config.with_overrides(
-        ["workers=2", "training.accumulate=2", "training.epochs=3", "training.max_steps=null", "training.threads=1",
+        ["workers=2", "training.accumulate=2", "training.epochs=3", "training.max_steps=null",
          "training.checkpoint_every=2", "data.every=1", f"data.also={mixed}"]
     )  # fmt: skip
     build: Any = {"pretraining": build_picture, "segmentation": build_segmentation, "detection": build_detection}[kind]
@@ -83,7 +83,9 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_bytes_of_an_unbroken_one(tmp_pa
     code = "import sys; from pathlib import Path; from tests.training import test_exact_resume as here\n"
     code += f"here.train(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), killed_at={KILLED_AT})"
     words = [sys.executable, "-c", code, kind, str(data), str(tmp_path / "broken")]
-    done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert checkpoint_steps(tmp_path / "broken" / "checkpoints") == [2]
     per_epoch = load_checkpoint(tmp_path / "whole" / "model.safetensors").meta["steps_per_epoch"]
