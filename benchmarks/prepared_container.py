@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from picture3d.datasets.point_files import SWEEP_SUFFIXES, read_points
 from picture3d.datasets.prepared import LogHeader, LogReader, LogWriter
+from picture3d.datasets.sweep_files import SWEEP_SUFFIXES, read_points
 from picture3d.formats.columns import PLANES, RAW, Codec, CodecKind
 from picture3d.formats.point_tables import parse_layout
 from picture3d.structures.frame import Frame

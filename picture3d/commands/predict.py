@@ -18,10 +18,10 @@ from picture3d.commands.machine import start
 from picture3d.datasets.label_sets import LabelSet
 from picture3d.datasets.loading import collate
 from picture3d.datasets.nuscenes_samples import sample_token
-from picture3d.datasets.point_files import read_points
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.datasets.preparing import finite_points
 from picture3d.datasets.samples import sweep_sample
+from picture3d.datasets.sweep_files import read_points
 from picture3d.errors import ConfigError, DataError
 from picture3d.evaluation import nuscenes_frames, waymo_frames
 from picture3d.files import whole_file

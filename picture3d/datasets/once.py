@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.datasets.object_geometry import rows_inside
-from picture3d.datasets.point_files import read_points
 from picture3d.datasets.prepared import LogHeader, PreparedSummary
 from picture3d.datasets.preparing import (
     LogPlan,
@@ -33,6 +32,7 @@ from picture3d.datasets.preparing import (
     refuse_missing,
     write_logs,
 )
+from picture3d.datasets.sweep_files import read_points
 from picture3d.errors import FETCH_AGAIN, DataError
 from picture3d.files import read_bounded, read_json_object
 from picture3d.formats.columns import PLANES, Codec

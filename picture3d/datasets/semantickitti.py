@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picture3d.datasets.label_sets import SEMANTICKITTI, SEMANTICKITTI_IDS
-from picture3d.datasets.point_files import read_points, read_poses
 from picture3d.datasets.prepared import LogHeader, PreparedSummary
 from picture3d.datasets.preparing import (
     LogPlan,
@@ -27,6 +26,7 @@ from picture3d.datasets.preparing import (
     refuse_missing,
     write_logs,
 )
+from picture3d.datasets.sweep_files import read_points, read_poses
 from picture3d.errors import FETCH_AGAIN, DataError
 from picture3d.files import read_bounded
 from picture3d.formats.columns import PLANES, Codec

@@ -160,9 +160,9 @@ def read_tables(root: Path, version: str, *, channel: str = "LIDAR_TOP") -> RawT
 
     categories = _keyed(folder, "category", lambda r: (_text(r, "name"), None if r.get("index") is None else int(r["index"])))
     names = {token: name for token, (name, _) in categories.items()}
-    instances = _keyed(folder, "instance", lambda r: _text(r, "category_token"))
     annotations: dict[str, RawAnnotation] = {}
     if (folder / "sample_annotation.json").exists():  # v1.0-test has none
+        instances = _keyed(folder, "instance", lambda r: _text(r, "category_token"))
         attributes = _keyed(folder, "attribute", lambda r: _text(r, "name"))
         annotations = _keyed(folder, "sample_annotation", lambda r: _annotation(r, instances, names, attributes))
     of_sample: dict[str, list[str]] = {}

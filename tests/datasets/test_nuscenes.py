@@ -250,6 +250,14 @@ def test_the_datasets_own_splits_go_before_the_official_ones(world, tmp_path):
     assert dataset.logs("val") == ("scene-0001",)
 
 
+def test_a_version_without_annotations_needs_no_table_of_objects(world, tmp_path):
+    for table in ("sample_annotation", "instance", "attribute"):
+        (world.root / f"v1.0-mini/{table}.json").unlink()
+    summary = prepare_nuscenes(world.root, tmp_path / "out")
+    assert (summary.frames, summary.labelled, summary.boxes) == (14, 6, 0)
+    assert PreparedDataset(tmp_path / "out").frame(FrameKey("scene-0001", 0)).boxes is None
+
+
 def test_official_splits():
     assert official_split("v1.0-mini", "scene-0103") == official_split("v1.0-mini", "scene-0916") == "val"
     assert official_split("v1.0-mini", "scene-0061") == "train"

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from picture3d.datasets.point_files import prepare_points, read_labels, read_poses
+from picture3d.datasets.point_files import prepare_points
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
+from picture3d.datasets.sweep_files import read_labels, read_poses
 from picture3d.errors import DataError
 from picture3d.structures.points import IntensityUnit
 
