@@ -90,15 +90,21 @@ class CylinderEncoder(nn.Module):
 
 
 def point_encoder(
-    in_features: int, channels: int, grid: VoxelGrid, pillars: bool = False, *, momentum: float = 0.01
+    in_features: int,
+    channels: int,
+    grid: VoxelGrid,
+    pillars: bool = False,
+    *,
+    momentum: float = 0.01,
+    unit_inputs: bool = False,
 ) -> VoxelEncoder | CylinderEncoder:
-    """The point encoder that belongs to a grid; arguments as :class:`VoxelEncoder`.
+    """The point encoder that belongs to a grid; arguments as :class:`VoxelEncoder`. That of a cylinder normalises its inputs.
 
     Raises:
         ConfigError: for pillars on a cylinder grid.
     """
     if not isinstance(grid, CylinderGrid):
-        return VoxelEncoder(in_features, channels, grid, pillars, momentum=momentum)
+        return VoxelEncoder(in_features, channels, grid, pillars, momentum=momentum, unit_inputs=unit_inputs)
     if pillars:
         raise ConfigError("a cylinder grid has no pillars. Set grid.pillars=false, or use a grid of x, y, z")
     return CylinderEncoder(in_features, channels, grid)

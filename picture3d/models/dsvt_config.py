@@ -29,6 +29,7 @@ class DsvtConfig(FrozenConfig):
     pooling_quirk: bool = True  # as published: empty slots take part in pooling, as voxels of zeros
     attention: Literal["bucketed", "padded"] = "bucketed"  # the fast form, or the published one; same numbers
     point_norm_momentum: float = 0.01  # of the point encoder's running statistics, as published; runs of few steps need more
+    point_inputs: Literal["metres", "unit"] = "metres"  # of the voxel encoder: as published, or brought to a common size
     activation_checkpointing: bool = False  # recompute blocks in the backward: less memory, about a third more time
 
     @property

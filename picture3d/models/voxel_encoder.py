@@ -44,10 +44,21 @@ class VoxelEncoder(nn.Module):
         grid: range and cell size.
         pillars: one cell per column.
         momentum: of the running statistics.
+        unit_inputs: x and y count in tens of metres and offsets in halves of a cell, so that all inputs are of one size. As
+            published all are metres: a place in the voxel is then a hundredth of x and y, and the first layer learns it late.
     """
 
+    input_size: Tensor  # (inputs,) float32: what each column is divided by
+
     def __init__(
-        self, in_features: int, channels: int, grid: VoxelGrid, pillars: bool = False, *, momentum: float = 0.01
+        self,
+        in_features: int,
+        channels: int,
+        grid: VoxelGrid,
+        pillars: bool = False,
+        *,
+        momentum: float = 0.01,
+        unit_inputs: bool = False,
     ) -> None:
         super().__init__()
         if channels < 2 or channels % 2:
@@ -60,6 +71,12 @@ class VoxelEncoder(nn.Module):
         x_cells, y_cells, z_cells = grid.shape
         self.grid_shape = (x_cells, y_cells, 1 if pillars else z_cells)
         inputs = 3 + in_features + 3 + 3
+        size = torch.ones(inputs)
+        if unit_inputs:
+            half = torch.tensor(grid.voxel_size) / 2
+            # Not of the range: encoders of one cell size may look at wider or narrower ones.
+            size = torch.cat([torch.tensor([10.0, 10.0, 1.0]), torch.ones(in_features), half, half])
+        self.register_buffer("input_size", size, persistent=False)
         self.pfn_layers = nn.ModuleList(
             [_PointLayer(inputs, channels // 2, momentum), _PointLayer(channels, channels, momentum)]
         )
@@ -79,7 +96,7 @@ class VoxelEncoder(nn.Module):
         first, second = self.pfn_layers
         # Metres up to 75 with centimetres that matter: the inputs do not survive bfloat16.
         with torch.autocast(batch.xyz.device.type, enabled=False):
-            hidden = first(self.point_inputs(batch, assignment))
+            hidden = first(self.point_inputs(batch, assignment) / self.input_size)
         voxel, count = assignment.voxel_of_point, assignment.num_voxels
         points = second(hidden, segment_max(hidden, voxel, count), voxel)
         feats = segment_max(points, voxel, count)

@@ -177,7 +177,8 @@ class Picture(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.vfe = point_encoder(in_features, backbone.channels, grid, pillars, momentum=backbone.point_norm_momentum)
+        point_options = {"momentum": backbone.point_norm_momentum, "unit_inputs": backbone.point_inputs == "unit"}
+        self.vfe = point_encoder(in_features, backbone.channels, grid, pillars, **point_options)
         shape = self.vfe.grid_shape
         self.backbone_3d = Dsvt(backbone, shape)
         self.backbone_2d = (

@@ -19,4 +19,5 @@ def town_encoder() -> DsvtConfig:
         windows=((12, 12, 16), (12, 12, 1)),
         strides=((1, 1, 16),),
         point_norm_momentum=0.1,
+        point_inputs="unit",
     )

@@ -52,7 +52,8 @@ class TaskEncoder(nn.Module):
     def __init__(self, grid: VoxelGrid, in_features: int, backbone: DsvtConfig, *, pillars: bool = False) -> None:
         super().__init__()
         self.grid = grid
-        self.vfe = point_encoder(in_features, backbone.channels, grid, pillars, momentum=backbone.point_norm_momentum)
+        point_options = {"momentum": backbone.point_norm_momentum, "unit_inputs": backbone.point_inputs == "unit"}
+        self.vfe = point_encoder(in_features, backbone.channels, grid, pillars, **point_options)
         self.backbone_3d = Dsvt(backbone, self.vfe.grid_shape)
 
 
@@ -168,6 +169,8 @@ def _differences(network: TaskEncoder, config: Any, inputs: Mapping[str, Any]) -
     }
     here |= {f"data.{key}": value for key, value in inputs.items()}
     there = {f"{part}.{key}": value for part in ("encoder", "data") for key, value in _tree(config, part).items()}
+    if _tree(config, "encoder"):
+        there.setdefault("encoder.point_inputs", "metres")  # of encoders from before there was a choice
     saved = _tree(config, "grid")
     there |= {f"grid.{key}": value for key, value in saved.items()}
     if "range_min" in saved and "range_max" in saved:

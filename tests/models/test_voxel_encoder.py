@@ -73,6 +73,23 @@ def test_point_inputs_are_what_a_person_computes():
     torch.testing.assert_close(inputs, expected)
 
 
+def test_unit_inputs_are_the_same_network_with_another_first_layer():
+    batch = point_batch(
+        torch.tensor([[0, 1.1, 0.1, 0.5, 7.0, 8.0], [0, 1.3, 0.3, 0.7, 9.0, 10.0], [0, 0.2, 0.9, 0.1, 1.0, 2.0]])
+    )
+    torch.manual_seed(0)
+    metres, unit = VoxelEncoder(2, 16, TINY).eval(), VoxelEncoder(2, 16, TINY, unit_inputs=True).eval()
+    assert list(metres.state_dict()) == list(unit.state_dict())
+    unit.load_state_dict(metres.state_dict())
+    x, y, z = TINY.voxel_size
+    # Weights of a column in other units are those in metres times the unit.
+    units = torch.tensor([10, 10, 1, 1, 1, x / 2, y / 2, z / 2, x / 2, y / 2, z / 2])
+    with torch.no_grad():
+        assert not torch.allclose(unit(batch).voxels.feats, metres(batch).voxels.feats)
+        next(unit.parameters()).mul_(units)
+    torch.testing.assert_close(unit(batch).voxels.feats, metres(batch).voxels.feats)
+
+
 @pytest.mark.parametrize("pillars", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_no_points_give_no_voxels_and_leave_the_statistics_alone(pillars: bool, training: bool):

@@ -101,6 +101,7 @@ def test_another_width_is_refused_and_leaves_the_network_alone(tmp_path: Path):
         pytest.param(
             settings_of(ENCODER.with_overrides(["posembed_quirk=false"])), "posembed_quirk is False there", id="quirk"
         ),
+        pytest.param(settings_of(ENCODER.with_overrides(["point_inputs=unit"])), "point_inputs is unit there", id="inputs"),
         pytest.param(settings_of(voxel_size=(0.5, 0.5, 1.0)), "voxel_size is", id="voxel size"),
         pytest.param(settings_of(range_min=(-8.0, -8.0, -3.0)), r"grid.z is \[-3.0, 2.0\] there", id="height"),
         pytest.param(settings_of(pillars=True), "pillars is True there, False here", id="pillars"),
@@ -114,6 +115,17 @@ def test_settings_that_no_tensor_shows_are_compared(tmp_path: Path, config: dict
     report = load_encoder(network, tmp_path, allow_partial=True)
     assert len(report.differences) == 1
     assert report.differences[0] in report.summary()
+
+
+def test_an_encoder_from_before_inputs_could_be_scaled_had_them_in_metres(tmp_path: Path):
+    config = settings_of()
+    assert isinstance(config["encoder"], dict)
+    del config["encoder"]["point_inputs"]
+    pretraining(tmp_path / "model.safetensors", config)
+    assert load_encoder(small_task().module, tmp_path).differences == ()
+    scaled = JoinedEncoder(GRID, 1, ENCODER.with_overrides(["point_inputs=unit"]))
+    with pytest.raises(CheckpointError, match="point_inputs is metres there, unit here"):
+        load_encoder(scaled, tmp_path)
 
 
 @pytest.mark.parametrize(
