@@ -1,10 +1,12 @@
-"""PICTURE on seven real nuScenes keyframes: pre-train on 0-4, fine-tune lidarseg on 0-4, score on 5-6.
+"""PICTURE on seven real nuScenes keyframes: pre-train on 0-4, fine-tune lidarseg on some of them, score on 5-6.
 
     python benchmarks/real_keyframes.py --data FOLDER --work FOLDER [--pretrain-steps 120] [--finetune-steps 100] [--seeds 1]
+        [--labelled 2] [--small] [--rows FOLDER]
 
 FOLDER holds `pc/pc*.npy` (x y z intensity), `pc_seman/pc_seman_*.npy` (x y z label) and poses, as the public SurroundOcc demo
 lays them out. Everything goes through the commands that a user types. Two scored keyframes, 2.5 s after the labelled ones, on
-the same street: the numbers say that the chain works on real sweeps, not how well any method does.
+the same street: the numbers say that the chain works on real sweeps, and little about streets elsewhere. With `--rows` every
+finished seed of a row is kept there as JSON and not done again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.evidence import NETWORK
+from picture3d.evaluation.label_efficiency import CellScore, label_efficiency, markdown_table
+from picture3d.files import write_json
 from picture3d.structures.poses import Pose
 from picture3d.training.runlog import describe_environment
 
@@ -63,6 +68,12 @@ def main() -> None:
     parser.add_argument("--pretrain-steps", type=int, default=120)
     parser.add_argument("--finetune-steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--labelled", type=int, default=5, help="of keyframes 0-4, evenly spread")
+    parser.add_argument(
+        "--small", action="store_true", help="the small network of benchmarks/evidence.py, a higher learning rate"
+    )
+    parser.add_argument("--rows", type=Path, help="keep finished rows here")
+    parser.add_argument("--budget", type=float, default=1e9, help="begin no row after so many seconds")
     args = parser.parse_args()
     if not (args.data / "pc/pc0.npy").exists():
         sys.exit(f"{args.data}: the keyframe sequence is not there; name its folder with --data")
@@ -76,25 +87,41 @@ def main() -> None:
         )
     )
     print(picture3d("targets", prepared))
-    rows = []
+    small = [word for setting in (*NETWORK, "training.optim.peak_lr=1e-2") for word in ("--set", setting)] if args.small else []
+    head = ("--set", "task.head_channels=32") if args.small else ()
+    kept: Path = args.rows or work / "rows"
+    kept.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
     for seed in range(args.seeds):
         for name in ROWS:
+            path = kept / f"{name}_{args.labelled}_{seed}.json"
+            if path.is_file() or time.monotonic() - start > args.budget:
+                continue
             begin = time.time()
-            run, tuned = work / f"runs/{name}-{seed}", work / f"runs/segment-{name}-{seed}"
+            run, tuned = work / f"runs/{name}-{seed}", work / f"runs/segment-{name}-{args.labelled}-{seed}"
             if name != "scratch":
                 steps, chosen = ("--max-steps", args.pretrain_steps), ("--recipe", f"town-{name}")
-                seeded = ("--set", f"training.seed={seed}", "--resume")
+                seeded = ("--set", f"training.seed={seed}", "--resume", *small)
                 print(picture3d("pretrain", *chosen, "--data", prepared, "--out", run, *steps, *seeded))
             encoder = () if name == "scratch" else ("--encoder", run)
-            settings = ("--set", f"training.max_steps={args.finetune_steps}", "--set", f"training.seed={seed}", "--resume")
-            print(picture3d("finetune", "segmentation", "--data", prepared, "--out", tuned, *encoder, *settings))
+            settings = (
+                "--set",
+                f"training.seed={seed}",
+                "--set",
+                f"data.max_frames={args.labelled}",
+                "--resume",
+                *small,
+                *head,
+            )
+            length = ("--set", f"training.max_steps={args.finetune_steps}")
+            print(picture3d("finetune", "segmentation", "--data", prepared, "--out", tuned, *encoder, *settings, *length))
             scores = json.loads(picture3d("evaluate", tuned, "--json"))
-            rows.append({"row": name, "seed": seed, "miou": scores["miou"], "seconds": round(time.time() - begin, 1)})
-            print(json.dumps(rows[-1]), flush=True)
-    print(json.dumps(describe_environment("cpu")))
-    for name in ROWS:
-        found = [100 * row["miou"] for row in rows if row["row"] == name]
-        print(f"{name:12s} mIoU {np.mean(found):5.1f} (spread {np.ptp(found):.1f}, {len(found)} seeds)")
+            row = {"method": name, "labelled": args.labelled, "seed": seed, "miou": scores["miou"], "iou": scores["iou"]}
+            row |= {"pretrain_steps": args.pretrain_steps, "finetune_steps": args.finetune_steps, "small": args.small}
+            write_json(path, {**row, "seconds": round(time.time() - begin, 1), "environment": describe_environment("cpu")})
+    rows = [json.loads(path.read_text()) for path in sorted(kept.glob(f"*_{args.labelled}_*.json"))]
+    cells = [CellScore(row["method"], row["labelled"] / 5, row["seed"], row["miou"]) for row in rows]
+    print(markdown_table(label_efficiency(cells, ROWS), measure="mIoU"))
 
 
 if __name__ == "__main__":

@@ -687,7 +687,9 @@ def experiment_label_efficiency(
         list[str] | None, typer.Option("--finetune-set", metavar="KEY=VALUE", help="Change every fine-tuning. Repeatable.")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Scored split.")] = "val",
-    with_probe: Annotated[bool, typer.Option("--probe", help="Also probe each frozen encoder, as `probe` does.")] = False,
+    probe_share: Annotated[
+        float | None, typer.Option("--probe", help="Also probe each frozen encoder on this share of the labelled scenes.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     device: Device = "auto",
     threads: Threads = 0,
@@ -704,7 +706,7 @@ def experiment_label_efficiency(
         pretrain_set=tuple(pretrain_set or ()),
         finetune_set=tuple(finetune_set or ()),
         split=split,
-        with_probe=with_probe,
+        probe_share=probe_share,
     )
     _show(label_efficiency_experiment(plan, out, device=device, threads=threads, as_json=as_json))
 

@@ -45,7 +45,7 @@ class Plan:
     pretrain_set: tuple[str, ...] = ()
     finetune_set: tuple[str, ...] = ()
     split: str = "val"
-    with_probe: bool = False
+    probe_share: float | None = None  # also probe each frozen encoder, learning from this share of the labelled scenes
 
     def common(self) -> dict[str, Any]:
         """What every cell of a folder must agree in. The data is known by what it holds, so that another machine may go on."""
@@ -117,8 +117,8 @@ def _do_cells(plan: Plan, out: Path, method: str, seed: int, shares: Sequence[fl
         encoder = out / "runs" / f"pretrain-{method}-seed{seed}"
         done = run_pretraining(plan.pretraining(method, seed), encoder, True, device, threads)
         seconds["pretrain"] = round(done.seconds, 1)
-        if plan.with_probe:
-            extra = {name: _probed(encoder, seed, plan.split, device, threads)[name] for name in PROBED}
+        if plan.probe_share is not None:
+            extra = _probed(plan, encoder, plan.probe_share, seed, device, threads)
     for share in shares:
         config = plan.tuning(share, seed, encoder)
         folder = out / "runs" / f"{method}-{share:g}-seed{seed}"
@@ -145,13 +145,21 @@ def _do_cells(plan: Plan, out: Path, method: str, seed: int, shares: Sequence[fl
         write_json(_row_path(out, method, share, seed), row)
 
 
-def _probed(run: Path, seed: int, split: str, device: str, threads: int) -> dict[str, Any]:
-    """What `probe` leaves in the summary of a run, made now if it is not there yet."""
+def _probed(plan: Plan, run: Path, share: float, seed: int, device: str, threads: int) -> dict[str, Any]:
+    """What a row says of its frozen encoder, looked at now if it was not yet."""
+    path = run / "probe.json"
+    found = read_json_object(path, max_bytes=MAX_BYTES) if path.is_file() else {}
+    if (found.get("label_share"), found.get("seed")) != (share, seed):
+        settings: dict[str, Any] = {
+            "label_share": share,
+            "seed": seed,
+            "split": plan.split,
+            "device": device,
+            "threads": threads,
+        }
+        probe(run, data=plan.data, as_json=True, **settings)
     summary = RunFolder(run).summary()
-    if not all(name in summary for name in PROBED):
-        probe(run, data=None, label_share=1.0, seed=seed, as_json=True, device=device, threads=threads, split=split)
-        summary = RunFolder(run).summary()
-    return summary
+    return {"probe_share": share, **{name: summary[name] for name in PROBED}}
 
 
 def _row_path(out: Path, method: str, share: float, seed: int) -> Path:

@@ -11,7 +11,7 @@ from picture3d.errors import DataError
 from picture3d.evaluation.label_efficiency import CellScore, label_efficiency
 from picture3d.files import read_json_object
 from picture3d.view.experiment_section import efficiency_chart
-from picture3d.view.report_data import ExperimentView, FrozenEncoder, ReportData, Step
+from picture3d.view.report_data import ExperimentView, FrozenEncoder, ReportData
 
 KIND = "label-efficiency"
 SCRATCH = "scratch"
@@ -84,8 +84,8 @@ def experiment_page(out: Path, first: Sequence[str] = ()) -> ReportData:
             ],
             iou=_mean_iou(cells, rows[0].share, methods),
             encoders=_frozen_encoders(cells, methods),
+            seconds=_seconds(cells, methods),
         ),
-        steps=_trainings(cells, methods),
         environment=next((row["environment"] for _, row in cells if "environment" in row), {}),
         configs={"experiment": {**common, "data": Path(str(data)).name}},
     )
@@ -102,9 +102,7 @@ def curves_svg(view: ExperimentView) -> str:
     return chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace("</svg>", legend + "</svg>")
 
 
-def _mean_iou(
-    cells: Sequence[tuple[CellScore, dict[str, Any]]], share: float, methods: Sequence[str]
-) -> dict[str, dict[str, float | None]]:
+def _mean_iou(cells: Cells, share: float, methods: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """Method -> class -> mean over the seeds that have a number."""
     found: dict[str, dict[str, float | None]] = {}
     for method in methods:
@@ -114,7 +112,7 @@ def _mean_iou(
     return found
 
 
-def _frozen_encoders(cells: Sequence[tuple[CellScore, dict[str, Any]]], methods: Sequence[str]) -> list[FrozenEncoder]:
+def _frozen_encoders(cells: Cells, methods: Sequence[str]) -> list[FrozenEncoder]:
     found = []
     for method in methods:
         by_seed = {cell.seed: row for cell, row in cells if cell.method == method and "probe_miou" in row}
@@ -124,16 +122,12 @@ def _frozen_encoders(cells: Sequence[tuple[CellScore, dict[str, Any]]], methods:
     return found
 
 
-def _trainings(cells: Sequence[tuple[CellScore, dict[str, Any]]], methods: Sequence[str]) -> tuple[Step, ...]:
+def _seconds(cells: Cells, methods: Sequence[str]) -> dict[str, tuple[float | None, float | None]]:
     """Mean seconds of each method's pre-training and fine-tuning."""
-    steps = []
-    for method in methods:
-        several = [row["seconds"] for cell, row in cells if cell.method == method]
-        for name, said in (("pretrain", "pre-training"), ("finetune", "fine-tuning")):
-            seconds = _mean([row.get(name) for row in several])
-            if seconds is not None:
-                steps.append(Step(f"{method}, {said}", seconds=seconds))
-    return tuple(steps)
+    found = {method: [row["seconds"] for cell, row in cells if cell.method == method] for method in methods}
+    return {
+        m: (_mean([row.get("pretrain") for row in rows]), _mean([row["finetune"] for row in rows])) for m, rows in found.items()
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

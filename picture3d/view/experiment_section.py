@@ -24,6 +24,7 @@ def experiment_sections(view: ExperimentView, colors: Mapping[str, str]) -> list
         ("Label efficiency", _verdict(view) + _curve(view, colors) + _table(view, colors)),
         ("Frozen encoders", _encoders(view, colors)),
         ("Class by class", _classes(view, colors)),
+        ("Cost", _cost(view, colors)),
         ("Every cell", _cells(view)),
     ]
     return [(title, body) for title, body in found if body]
@@ -79,13 +80,14 @@ def _curve(view: ExperimentView, colors: Mapping[str, str]) -> str:
     return (
         f'<figure><div class="experiment">{efficiency_chart(view, colors)}</div><ul class="legend">{key}</ul>'
         f"<figcaption>Mean intersection over union, per cent, of fine-tuned networks on scenes that no training saw. {bars}"
-        "Both axes begin where the numbers do; keyframes are on a logarithmic one.</figcaption></figure>"
+        "The axis of keyframes is logarithmic.</figcaption></figure>"
     )
 
 
 def _table(view: ExperimentView, colors: Mapping[str, str]) -> str:
-    heads = ("mIoU, %", "95 %", "spread", f"against {view.methods[0]}", "95 %", "seeds")
+    heads = ("mIoU, %", "95 %", "spread", f"against {view.methods[0]}", "95 %")
     head = "".join(f'<th scope="col" class="num">{escape(text)}</th>' for text in heads)
+    head += '<th scope="col" class="num points">seeds</th>'
     body = []
     for share in dict.fromkeys(row.share for row in view.rows):
         frames = view.frames[share]
@@ -153,6 +155,25 @@ def _classes(view: ExperimentView, colors: Mapping[str, str]) -> str:
         f'<span class="axis"><i>0</i><i>50</i><i>100</i></span></th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def _cost(view: ExperimentView, colors: Mapping[str, str]) -> str:
+    if not view.seconds:
+        return ""
+    rows = "".join(
+        f'<tr>{_name(method, colors)}<td class="num">{_whole(before)}</td><td class="num">{_whole(after)}</td></tr>'
+        for method, (before, after) in view.seconds.items()
+    )
+    return (
+        "<p>Mean seconds of one training by the clock. One pre-training serves all shares of a seed.</p>"
+        '<div class="scroll"><table class="classes"><thead><tr><th scope="col">method</th>'
+        '<th scope="col" class="num">pre-training</th>'
+        f'<th scope="col" class="num">fine-tuning</th></tr></thead><tbody>{rows}</tbody></table></div>'
+    )
+
+
+def _whole(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"
 
 
 def _cells(view: ExperimentView) -> str:

@@ -134,6 +134,9 @@ class ExperimentView:
     cells: Sequence[tuple[str, float, int, float, float]] = ()  # method, share, seed, score 0..1, seconds
     iou: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)  # method -> class -> mean at the least share
     encoders: Sequence[FrozenEncoder] = ()
+    seconds: Mapping[str, tuple[float | None, float | None]] = field(
+        default_factory=dict
+    )  # method -> pre-training, fine-tuning
 
     @property
     def methods(self) -> list[str]:

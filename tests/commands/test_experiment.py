@@ -125,12 +125,13 @@ def test_an_experiment_without_a_cell_has_no_page(out: Path, tmp_path: Path):
 
 
 def test_rows_say_what_their_frozen_encoder_knows_if_asked(data: Path, tmp_path: Path):
-    do(*words(data, tmp_path / "x", methods="scratch,town-coordinates", shares="1", seeds="0"), "--probe")
+    do(*words(data, tmp_path / "x", methods="scratch,town-coordinates", shares="1", seeds="0"), "--probe", 0.5)
     rows = {row["method"]: row for row in (json.loads(path.read_text()) for path in (tmp_path / "x").glob("cells/*.json"))}
     probed = json.loads((tmp_path / "x" / "runs" / "pretrain-town-coordinates-seed0" / "summary.json").read_text())
     assert {name: rows["town-coordinates"][name] for name in experiment.PROBED} == {
         name: probed[name] for name in experiment.PROBED
     }
+    assert rows["town-coordinates"]["probe_share"] == 0.5
     assert not set(experiment.PROBED) & set(rows["scratch"])
     assert "Frozen encoders" in (tmp_path / "x" / "report.html").read_text()
 

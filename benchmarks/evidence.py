@@ -1,0 +1,315 @@
+"""What pre-training is worth on the synthetic town, in runs of a minute or two: labels, masks, targets, encoders.
+
+    python benchmarks/evidence.py labels|masks|targets|probes --work FOLDER [--budget SECONDS] [--seeds 0,1,2] [--only TEXT]
+    python benchmarks/evidence.py bounds --work FOLDER
+    python benchmarks/evidence.py show
+
+Everything goes through the commands a user types. A finished row is a JSON file below `benchmarks/evidence/`, named after what
+it is; what is there is not done again, so the tables grow over days and machines. Data, run folders and checkpoints lie in
+FOLDER and may be thrown away. No new row is begun after `--budget` seconds.
+
+    labels   mIoU of fine-tuning from scratch, coordinates, features, PICTURE, GPICTURE at 1/16, 1/4 and all labels; probes
+    masks    probes of PICTURE with random, block and I2Mask masks (literal, default) at 20, 40, 60, 75 % hidden
+    targets  probes of PICTURE with the town teacher at loss weights 1:0, 1:1, 1:3, 0:1, hand-crafted features, self-teacher
+    probes   probes of the teacher and of an encoder that was never trained
+    bounds   the loss on hidden features of predictions that know the mean, the height, or the nearest visible voxels
+
+Seconds of a row are by the clock; `cpu_seconds` is what the process computed, which other work on the machine changes less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from picture3d.commands import data as data_commands
+from picture3d.commands.build import build_targets, training_batches
+from picture3d.commands.experiment import Plan, label_efficiency_experiment
+from picture3d.commands.experiment_page import SCRATCH, read_cells
+from picture3d.commands.prepare import prepare_nuscenes
+from picture3d.commands.probe import probe
+from picture3d.commands.train import run_pretraining
+from picture3d.evaluation.label_efficiency import label_efficiency, markdown_table
+from picture3d.files import write_json
+from picture3d.ops.scatter import segment_mean
+from picture3d.ops.voxelize import assign_voxels
+from picture3d.pretrain.targets import voxel_targets
+from picture3d.recipes.catalogue import pretraining_recipe
+from picture3d.recipes.configs import PretrainConfig
+from picture3d.training.runlog import describe_environment
+
+ROWS = Path(__file__).parent / "evidence"
+
+# Towns 70000 to 70039; the teacher's begin at 1,000,000.
+TOWNS = {"scenes": 40, "keyframes": 6, "sweeps_per_keyframe": 0, "val_scenes": 8, "seed": 7}
+
+# Coarser voxels and half the width of the town recipes: two steps in the time of one.
+NETWORK = (
+    "grid.voxel_size=[0.8,0.8,1.0]",
+    "encoder.channels=32",
+    "encoder.ffn_channels=64",
+    "encoder.windows=[[12,12,8],[12,12,1]]",
+    "encoder.strides=[[1,1,8]]",
+    "encoder.point_inputs=unit",
+    "training.batch_size=1",
+    "training.checkpoint_every=100",
+)
+PRETRAIN = (*NETWORK, "training.max_steps=150", "training.optim.peak_lr=1e-2")
+FINETUNE = (*NETWORK, "task.head_channels=32", "training.max_steps=100", "training.optim.peak_lr=1e-2")
+METHODS = (SCRATCH, "town-coordinates", "town-features", "town-picture", "town-gpicture")
+SHARES = (0.0625, 0.25, 1.0)
+PROBE_SHARE = 0.25
+
+# What one "3" of the published weights 1:3 is in the town recipes, whose voxels make the Chamfer loss larger.
+_THIRD = 20.0 / 3.0
+_MASKS = {
+    "random": ("mask.kind=random",),
+    "block": ("mask.kind=block", "mask.block_cells=8"),
+    "literal": ("mask.intra_class=literal", "mask.min_ratio=0"),
+    "default": (),
+}
+_TARGETS = {
+    "town 1:0": ("town-picture", ("loss.features_weight=0",)),
+    "town 1:1": ("town-picture", (f"loss.features_weight={_THIRD}",)),
+    "town 1:3": ("town-picture", ()),
+    "town 0:1": ("town-picture", ("loss.coordinates_weight=0",)),
+    "handcrafted": ("town-handcrafted", ()),
+    "ema": ("town-ema", ()),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """One pre-training that is judged by probes."""
+
+    part: str
+    name: str
+    recipe: str
+    settings: tuple[str, ...]
+
+
+def probed_rows(part: str) -> list[Probed]:
+    """The rows of a part that is judged by probes, the most telling first."""
+    if part == "masks":
+        return [
+            Probed(part, f"{kind} {ratio}", "town-picture", (*settings, f"mask.target_ratio={ratio}"))
+            for ratio in (0.6, 0.75, 0.4, 0.2)
+            for kind, settings in _MASKS.items()
+        ]
+    return [Probed(part, name, recipe, settings) for name, (recipe, settings) in _TARGETS.items()]
+
+
+def make_data(work: Path, teachers: tuple[str, ...]) -> Path:
+    """Towns, prepared frames, what teachers say of them; what is there stays."""
+    raw, prepared = work / "raw", work / "prepared"
+    if not (prepared / "dataset.json").is_file():
+        data_commands.synth(raw, version="v1.0-mini", processes=1, **TOWNS)  # pyright: ignore[reportArgumentType]
+        prepare_nuscenes(raw, prepared, version="v1.0-mini", sweeps=0, skip_missing=False)
+    for teacher in teachers:
+        if not (prepared / "targets" / teacher / "teacher.json").is_file():
+            settings: dict[str, Any] = {"weights": None, "superclasses": 8, "seed": 0, "device": "cpu", "threads": 1}
+            data_commands.targets(prepared, teacher=teacher, **settings)
+    return prepared
+
+
+@contextmanager
+def measured(row: dict[str, Any]) -> Iterator[None]:
+    """Puts seconds by the clock and of the processor, and the peak of memory where Linux tells it, into a row."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    clock, cpu = time.perf_counter(), time.process_time()
+    yield
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    row |= {
+        "seconds": round(time.perf_counter() - clock, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "peak_mib": round(int(peak.split()[1]) / 1024),
+    }
+
+
+def label_rows(data: Path, work: Path, seeds: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Missing cells of the label-efficiency experiment, each with what makes it; seed by seed, the fewest labels first."""
+    kept, folder = ROWS / "labels", work / "labels"
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    for path in [*kept.glob("cells/*.json"), *kept.glob("experiment.json")]:
+        shutil.copy(path, folder / path.relative_to(kept))
+    common: dict[str, Any] = {"data": data, "pretrain_set": PRETRAIN, "finetune_set": FINETUNE, "probe_share": PROBE_SHARE}
+
+    def do(plan: Plan) -> None:
+        label_efficiency_experiment(plan, folder, device="cpu", threads=1, as_json=True)
+        (kept / "cells").mkdir(parents=True, exist_ok=True)
+        for path in [*folder.glob("cells/*.json"), *folder.glob("experiment.json")]:
+            shutil.copy(path, kept / path.relative_to(folder))
+
+    for seed in seeds:
+        for share in SHARES:
+            for method in (SCRATCH, "town-picture", *METHODS[1:3], "town-gpicture"):  # what is asked first comes first
+                if (kept / "cells" / f"{method}_{share:g}_{seed}.json").is_file():
+                    continue
+                plan = Plan(methods=(method,), shares=(share,), seeds=(seed,), **common)
+                run = folder / "runs" / f"pretrain-{method}-seed{seed}"
+                if method != SCRATCH and not (run / "model.safetensors").is_file():
+                    # By itself: it is the longest piece of work, and the cell then finds it done.
+                    config = plan.pretraining(method, seed)
+                    yield f"pretrain {method} {seed}", lambda c=config, r=run, m=method: run_and_measure(c, r, m)
+                yield f"{method} {share:g} {seed}", lambda p=plan: do(p)
+
+
+def run_and_measure(config: PretrainConfig, run: Path, name: str) -> dict[str, Any]:
+    """Pre-trains; what it took is left in the run folder, and returned."""
+    row: dict[str, Any] = {"name": name}
+    with measured(row):
+        run_pretraining(config, run, True, "cpu", 1)
+    write_json(run / "cost.json", row)
+    return row
+
+
+def probe_rows(part: str, data: Path, work: Path, seeds: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Missing pre-trainings of a part, each with what makes and probes it."""
+    for seed in seeds:
+        for one in probed_rows(part):
+            path = ROWS / part / f"{one.name.replace(' ', '_').replace(':', '-')}_{seed}.json"
+            if path.is_file():
+                continue
+
+            def do(one: Probed = one, path: Path = path, seed: int = seed) -> None:
+                settings = [*PRETRAIN, *one.settings, f"training.seed={seed}"]
+                config = pretraining_recipe(one.recipe, data).with_overrides(settings)
+                run = work / part / path.stem
+                cost = run_and_measure(config, run, one.name)
+                losses = json.loads((run / "summary.json").read_text())["losses"]
+                row = {"part": part, "name": one.name, "recipe": one.recipe, "settings": settings, "seed": seed, **cost}
+                row |= {"hidden_share": losses["hidden_share"], "model_bytes": (run / "model.safetensors").stat().st_size}
+                write_row(path, row | probed(run, seed))
+
+            yield f"{part} {one.name} {seed}", do
+
+
+def frozen_rows(data: Path, work: Path, seeds: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The teacher, and an encoder whose one step has a learning rate of nearly 0: as its weights were drawn."""
+    for seed in seeds:
+        for name in ("untrained", "teacher"):
+            path = ROWS / "probes" / f"{name}_{seed}.json"
+            if path.is_file() or (name == "teacher" and seed > 0):
+                continue
+
+            def do(name: str = name, path: Path = path, seed: int = seed) -> None:
+                settings = [*NETWORK, "training.max_steps=1", "training.optim.peak_lr=1e-12", f"training.seed={seed}"]
+                run = work / "probes" / path.stem
+                run_pretraining(pretraining_recipe("town-picture", data).with_overrides(settings), run, True, "cpu", 1)
+                row = {"part": "probes", "name": name, "settings": settings, "seed": seed}
+                write_row(path, row | probed(run, seed, teacher=name == "teacher"))
+
+            yield f"probe {name} {seed}", do
+
+
+def probed(run: Path, seed: int, *, teacher: bool = False) -> dict[str, Any]:
+    """What a row keeps of the probe of a run."""
+    options: dict[str, Any] = {"data": None, "label_share": PROBE_SHARE, "seed": seed, "as_json": True, "device": "cpu"}
+    tree = json.loads(probe(run, threads=1, teacher=teacher, **options))
+    return {
+        "probe_share": PROBE_SHARE,
+        "probe_miou": tree["miou"],
+        "knn_miou": tree["knn"]["miou"],
+        "rank": tree["effective_rank"]["overall"],
+        "iou": tree["iou"],
+    }
+
+
+def write_row(path: Path, row: dict[str, Any]) -> None:
+    """A finished row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**row, "environment": describe_environment("cpu")})
+
+
+def bounds(data: Path, frames: int = 6) -> dict[str, float]:
+    """Smooth-L1 on the hidden voxels' teacher features, 60 % hidden at random, of four simple predictions."""
+    config = pretraining_recipe("town-picture", data).with_overrides(list(NETWORK))
+    batches = training_batches(config, build_targets(config.targets, data, torch.device("cpu")))
+    generator, sweeps = torch.Generator().manual_seed(0), []
+    for batch in itertools.islice(batches.epoch(0, 0), frames):
+        assignment = assign_voxels(batch.xyz, batch.sample, 1, config.grid.grid)
+        told = voxel_targets(batch, assignment, config.mask, generator).features
+        assert told is not None
+        sweeps.append((assignment.coords[:, 1:], told, torch.rand(len(told), generator=generator) < 0.6))
+    height = torch.cat([coords[:, 2] for coords, _, _ in sweeps]).long()
+    features = torch.cat([told for _, told, _ in sweeps])
+    levels = config.grid.grid.shape[2]
+    by_height = segment_mean(features, height, levels)
+    found: dict[str, list[float]] = {}
+    for coords, told, hidden in sweeps:
+        near = torch.cdist(coords[hidden].float(), coords[~hidden].float()).topk(5, largest=False).indices
+        visible = told[~hidden]
+        predictions = {
+            "mean of all": features.mean(0).expand(int(hidden.sum()), -1),
+            "mean of the height": by_height[coords[hidden][:, 2].long()],
+            "nearest visible voxel's own": visible[near[:, 0]],
+            "mean of the five nearest's own": visible[near].mean(1),
+        }
+        for name, predicted in predictions.items():
+            found.setdefault(name, []).append(float(F.smooth_l1_loss(predicted, told[hidden])))
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def show() -> None:
+    """All rows as tables."""
+    methods, cells = read_cells(ROWS / "labels", METHODS)
+    print(markdown_table(label_efficiency([cell for cell, _ in cells], methods), measure="mIoU"))
+    for part in ("probes", "masks", "targets"):
+        rows = [json.loads(path.read_text()) for path in sorted((ROWS / part).glob("*.json"))]
+        print(f"\n{part}: seed, hidden %, linear, kNN, rank, seconds, processor seconds, MiB")
+        for row in rows:
+            shares = [f"{100 * row[name]:.1f}" for name in ("hidden_share", "probe_miou", "knn_miou") if name in row]
+            cost = [row.get(name, "-") for name in ("seconds", "cpu_seconds", "peak_mib")]
+            print(
+                f"| {row['name']} | {row['seed']} | {' | '.join(shares)} | {row['rank']:.1f} | {' | '.join(map(str, cost))} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("labels", "masks", "targets", "probes", "bounds", "show"))
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--budget", type=float, default=1e9)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    args = parser.parse_args()
+    if args.part == "show":
+        show()
+        return
+    begin = time.monotonic()
+    data = make_data(args.work, ("town", "handcrafted") if args.part == "targets" else ("town",))
+    seeds = tuple(int(seed) for seed in args.seeds.split(","))
+    match args.part:
+        case "bounds":
+            print("\n".join(f"{name:32s}{value:.5f}" for name, value in bounds(data).items()))
+            return
+        case "labels":
+            rows = label_rows(data, args.work, seeds)
+        case "probes":
+            rows = frozen_rows(data, args.work, seeds)
+        case part:
+            rows = probe_rows(part, data, args.work, seeds)
+    for name, do in rows:
+        if args.only not in name:
+            continue
+        if time.monotonic() - begin > args.budget:
+            print("budget spent; the same command goes on")
+            return
+        do()
+        print(f"{name}: done, {time.monotonic() - begin:.0f} s since the start", flush=True)
+    print("all rows are there")
+
+
+if __name__ == "__main__":
+    main()
