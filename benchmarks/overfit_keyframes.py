@@ -104,6 +104,8 @@ def main() -> None:
     config = detection_recipe("town-detection", prepared).with_overrides(
         [
             "data.augment=null",
+            "data.sweeps=1",  # there are keyframes only
+            "data.objects=null",
             "training.batch_size=1",
             f"training.max_steps={args.steps}",
             *args.overrides,

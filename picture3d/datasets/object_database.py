@@ -175,7 +175,10 @@ class ObjectDatabase:
                 with self.path.open("rb") as file:
                     told = _describe(file, self.path)
             except FileNotFoundError:
-                raise DataError(f"{self.path}: no such database. Make it with `picture3d data objects PREPARED`.") from None
+                raise DataError(
+                    f"{self.path}: no such database. Make it with `picture3d data objects PREPARED --sweeps N`, N being "
+                    "data.sweeps, or paste nothing: data.objects=null."
+                ) from None
             except OSError as error:
                 raise DataError(
                     f"{self.path}: cannot be read ({error.strerror or error}). Look at its permissions and the disk."

@@ -13,7 +13,7 @@ from picture3d.pretrain.hierarchy import HierarchyConfig
 from picture3d.pretrain.losses import LossConfig
 from picture3d.pretrain.masking import MaskConfig
 from picture3d.recipes.configs import GridConfig, Metres, PretrainConfig, TargetsConfig
-from picture3d.recipes.town import TOWN_GRID, town_encoder
+from picture3d.recipes.town import TOWN_GRID, TOWN_SWEEPS, town_encoder
 from picture3d.structures.cylinder import cylinder_cell_size
 from picture3d.teachers.handcrafted import COLUMNS
 from picture3d.training.optim import OptimConfig
@@ -56,6 +56,13 @@ def town_picture(data: Path) -> PretrainConfig:
             optim=OptimConfig(peak_lr=2e-3, weight_decay=0.01, warmup_share=0.15, start_divisor=10.0),
         ),
     )
+
+
+def town_sweeps_picture(data: Path) -> PretrainConfig:
+    """`town_picture` on the sweeps and point features that `town_detection` sees: the encoder to detect with."""
+    base = town_picture(data)
+    sweeps = base.data.model_copy(update={"sweeps": TOWN_SWEEPS, "features": ("intensity", "time_lag")})
+    return base.model_copy(update={"recipe": "town-sweeps-picture", "data": sweeps})
 
 
 def town_features(data: Path) -> PretrainConfig:

@@ -6,6 +6,7 @@ from picture3d.models.dsvt_config import DsvtConfig
 from picture3d.recipes.configs import GridConfig
 
 TOWN_GRID = GridConfig(range_min=(-48.0, -48.0, -5.0), range_max=(48.0, 48.0, 3.0), voxel_size=(0.4, 0.4, 0.5))
+TOWN_SWEEPS = 3  # merged where objects are looked for
 
 
 def town_encoder() -> DsvtConfig:

@@ -176,7 +176,7 @@ def test_a_pretrained_encoder_fits_the_recipes_of_its_family():
         ("town-picture", "town-segmentation"),
         ("nuscenes-picture", "nuscenes-segmentation"),
         ("nuscenes-cylinder-picture", "nuscenes-cylinder-segmentation"),
-        ("town-picture", "town-detection"),
+        ("town-sweeps-picture", "town-detection"),
         ("waymo-picture", "waymo-detection"),
         ("waymo-picture-20", "waymo-detection"),
         ("nuscenes-pillar-picture", "nuscenes-detection"),
