@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from picture3d.errors import ConfigError
 from picture3d.files import write_json
 
+_MAX_BYTES = 1 << 24
+
 
 class FrozenConfig(BaseModel):
     """Base of every config: values cannot change after construction and unknown keys are refused."""
@@ -68,14 +70,18 @@ def read_config_tree(path: Path) -> dict[str, Any]:
         ConfigError: if the file is missing or is not a JSON object.
     """
     try:
-        tree = json.loads(path.read_text())
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ConfigError(f"{path}: more than the {_MAX_BYTES} bytes a config may have. Check that this is the right file.")
+        tree = json.loads(data)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file. Check the name.") from None
     except OSError as error:
         raise ConfigError(
             f"{path}: this config file cannot be read ({error.strerror or error}). Look at its permissions and the disk."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path}: not a JSON config file ({error}). Write it as `picture3d recipes NAME` prints one."
         ) from None

@@ -104,6 +104,49 @@ def test_only_the_command_line_prints_or_exits_and_nobody_pickles(path: Path):
         assert module.split(".")[0] not in {"pickle", "dill", "joblib", "shelve", "marshal"}, f"{path.name} imports {module}"
 
 
+# The lock's own file, of which the first bytes are taken; /proc; the page's templates; tables whose sizes were looked at.
+READS_WHOLE = {"files.py", "datasets/projection.py", "view/report.py", "formats/parquet.py"}
+
+
+READS = {"read_text", "read_bytes", "read", "readlines", "readline"}
+
+
+def test_no_file_of_a_user_is_read_whole_without_a_bound():
+    found = []
+    for path in SOURCES:
+        if str(path.relative_to(PACKAGE)) in READS_WHOLE:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = node.func if isinstance(node, ast.Call) and not node.args else None
+            if isinstance(called, ast.Attribute) and called.attr in READS:
+                found.append(f"{path.name}:{called.lineno}")
+    assert found == []
+
+
+NETWORK = {"aiohttp", "fsspec", "ftplib", "http", "httpx", "requests", "smtplib", "socketserver", "urllib", "urllib3"}
+
+
+def test_only_the_reader_of_urls_and_a_job_of_several_processes_can_open_a_connection():
+    for path in SOURCES:
+        modules = {module.split(".")[0] for module in imported_modules(ast.parse(path.read_text()))}
+        network = modules & {
+            "aiohttp",
+            "fsspec",
+            "ftplib",
+            "http",
+            "httpx",
+            "requests",
+            "smtplib",
+            "socketserver",
+            "urllib",
+            "urllib3",
+        }
+        assert not network or path.name == "remote.py", f"{path} imports {network}"
+        if "socket" in modules:  # for the machine's name
+            calls = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+            assert not calls & {"create_connection", "socketpair", "AF_INET"}, path
+
+
 def test_datasets_and_formats_need_no_torch_except_for_batching_and_geometry():
     for path in SOURCES:
         room = room_of(path)

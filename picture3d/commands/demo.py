@@ -14,13 +14,14 @@ from picture3d.commands.report import write_report
 from picture3d.commands.score import run_evaluation
 from picture3d.commands.train import run_finetuning, run_pretraining
 from picture3d.errors import ConfigError
-from picture3d.files import write_text
+from picture3d.files import read_json_object, write_text
 from picture3d.recipes.catalogue import pretraining_recipe, segmentation_recipe
 from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
 from picture3d.training.runlog import duration
 from picture3d.view.report_data import Step
 
 RUNS = ("scratch", "coordinates", "picture")
+_MAX_BYTES = 1 << 24
 _SUMMARY = (
     "A simulated 32-beam LiDAR drives through procedural towns. Two encoders are pre-trained on the sweeps without any label: "
     "one rebuilds the points of hidden voxels (coordinates), the other also the features that a teacher network sees there "
@@ -58,7 +59,7 @@ class _Steps:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        self.seconds: dict[str, float] = read_json_object(path, max_bytes=_MAX_BYTES) if path.is_file() else {}
         self.rows: list[Step] = []
 
     def run(self, name: str, command: str, work: Callable[[], object]) -> None:
@@ -77,7 +78,7 @@ def demo(out: Path, *, tiny: bool, threads: int) -> str:
     size = TINY if tiny else Size()
     raw, prepared, runs = out / "raw", out / "prepared", out / "runs"
     runs.mkdir(parents=True, exist_ok=True)
-    done = json.loads((out / "summary.json").read_text()) if (out / "summary.json").is_file() else None
+    done = read_json_object(out / "summary.json", max_bytes=_MAX_BYTES) if (out / "summary.json").is_file() else None
     if done is not None:
         if done["tiny"] != tiny:
             raise ConfigError(f"{out}: holds a demo of the other size (--tiny or not). Remove it, or choose another --out.")

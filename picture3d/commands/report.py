@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from picture3d.datasets.loading import collate
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.datasets.samples import load_sample
 from picture3d.errors import DataError
+from picture3d.files import read_json_object
 from picture3d.ops.voxelize import assign_voxels
 from picture3d.pretrain.picture import PretrainTask
 from picture3d.recipes.catalogue import RunConfig
@@ -36,6 +36,7 @@ from picture3d.view.report_data import CurveGroup, ReportData, RunScores, SceneV
 # Points beyond this distance are dust on the pictures.
 _VIEW_RADIUS_M = 50.0
 _SCENES = 2
+_MAX_JSON_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ def write_report(
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """Run folders in `folder` or in ``folder/runs``: pre-trainings first, each kind in the order it was made.
+    """Run folders in `folder` or in ``folder/runs``: pre-trainings first, of each kind those from scratch first, then by
+    name: an order that no clock and no copying changes.
 
     Raises:
         DataError: if there is none.
@@ -101,7 +103,12 @@ def find_runs(folder: Path) -> list[Run]:
             "of a run, or one whose runs/ holds runs."
         )
     runs = [Run(place.name, RunFolder(place), read_run_config(place)) for place in found]
-    return sorted(runs, key=lambda run: (run.config.kind != "pretrain", (run.folder.config_path).stat().st_mtime))
+    return sorted(runs, key=lambda run: (run.config.kind != "pretrain", _start(run.config) is not None, run.name))
+
+
+def _start(config: RunConfig) -> Path | None:
+    """The run that a fine-tuning begins with."""
+    return None if isinstance(config, PretrainConfig) else config.pretrained
 
 
 def comparisons(folder: Path) -> list[HeatMap]:
@@ -130,7 +137,12 @@ def _scores(runs: list[Run]) -> dict[str, RunScores]:
         if isinstance(run.config, SegmentationConfig) and path.is_file():
             start_from = run.config.pretrained
             detail = "from scratch" if start_from is None else _pretrained_on(runs, start_from)
-            scores[_short(run.name)] = RunScores.from_tree(json.loads(path.read_text()), detail=detail)
+            try:
+                scores[_short(run.name)] = RunScores.from_tree(read_json_object(path, max_bytes=_MAX_JSON_BYTES), detail=detail)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise DataError(
+                    f"{path}: not the scores of an evaluation ({error!r}). Run `picture3d evaluate {run.folder.path}` again."
+                ) from None
     return scores
 
 
@@ -173,7 +185,7 @@ def _steps(runs: list[Run]) -> tuple[Step, ...]:
 
 def _environment(runs: list[Run]) -> dict[str, Any]:
     path = runs[0].folder.environment_path
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json_object(path, max_bytes=_MAX_JSON_BYTES) if path.is_file() else {}
 
 
 def class_names(root: Path) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from picture3d.errors import ConfigError, DataError
-from picture3d.files import whole_file, write_json
+from picture3d.files import read_bounded, whole_file, write_json
 from picture3d.synthetic.drive import DriveConfig, DriveStep, drive_step
 from picture3d.synthetic.ground import OTHER_FLAT, TERRAIN
 from picture3d.synthetic.nuscenes_rows import SCENE_TABLES, Row, SceneJob, SceneRows, map_filename, shared_tables, town_seed
@@ -37,6 +37,7 @@ from picture3d.synthetic.world import Town, build_town
 GENERATOR = 1
 
 _MARKER = "finished.json"
+_MAX_TABLE_BYTES = 1 << 30
 
 
 def write_nuscenes(
@@ -163,8 +164,8 @@ def _write_rows(path: Path, chunks: Iterator[list[Row]] | list[list[Row]]) -> No
 
 def _read_rows(path: Path) -> list[Row]:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        return json.loads(read_bounded(path, max_bytes=_MAX_TABLE_BYTES))
+    except (DataError, ValueError) as error:
         raise DataError(
             f"{path}: cannot be read ({error}). Remove its folder and run again: only this scene is written anew."
         ) from error

@@ -14,9 +14,10 @@ from typing import Any
 
 from picture3d.config import FrozenConfig, read_config_tree
 from picture3d.errors import ConfigError, TrainingError
-from picture3d.files import append_line, replacing, write_text
+from picture3d.files import append_line, read_bounded, replacing, write_text
 
 _LISTED = 6
+_MAX_SUMMARY_BYTES, _MAX_LINE_BYTES = 1 << 24, 1 << 20
 
 
 class RunFolder:
@@ -94,10 +95,10 @@ class RunFolder:
         if not self.metrics_path.exists():
             return
         with self.metrics_path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
+            while line := file.readline(_MAX_LINE_BYTES):
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(record, dict) and isinstance(record.get("step"), int):
                     yield record
@@ -121,8 +122,8 @@ class RunFolder:
         if not self.summary_path.exists():
             return {}
         try:
-            summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            summary = json.loads(read_bounded(self.summary_path, max_bytes=_MAX_SUMMARY_BYTES))
+        except (ValueError, RecursionError) as error:
             raise TrainingError(f"{self.summary_path}: not JSON ({error}). Remove it and run again with --resume.") from None
         return summary if isinstance(summary, dict) else {}
 
