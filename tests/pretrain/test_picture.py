@@ -4,11 +4,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from picture3d.errors import ConfigError
 from picture3d.models.dsvt import DsvtConfig
@@ -156,6 +158,36 @@ def test_coordinates_alone_need_no_teacher():
     step = pretrain_step(small_picture(None), random_batch(teacher=False), RANDOM, POINTS_ONLY, generator())
     step.losses["total"].backward()
     assert step.hidden.float().mean() == pytest.approx(0.6, abs=0.02)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Watches every operation, those of the backward too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.operation = 0, ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, Tensor) and value.untyped_storage().nbytes() // value.element_size() > self.elements:
+                self.elements, self.operation = value.untyped_storage().nbytes() // value.element_size(), str(func)
+        return out
+
+
+@pytest.mark.parametrize("attention", ["bucketed", "padded"])
+@pytest.mark.parametrize("mask", [MaskConfig(superclasses="kmeans"), RANDOM], ids=["kmeans", "random"])
+def test_no_operation_of_a_step_makes_a_tensor_of_the_size_of_the_grid(mask: MaskConfig, attention: str):
+    """Neither a volume nor a map: 300 points on 4,096 x 4,096 x 8 cells."""
+    torch.manual_seed(0)
+    grid = VoxelGrid((-1024.0, -1024.0, -1.0), (1024.0, 1024.0, 3.0), (0.5, 0.5, 0.5))
+    backbone = BACKBONE.model_copy(update={"attention": attention})
+    network = Picture(grid, 1, backbone, teacher_channels=12, num_predicted_points=4).train()
+    batch = random_batch(300, 1)
+    batch = replace(batch, xyz=batch.xyz * torch.tensor([200.0, 200.0, 1.0]))
+    with _LargestTensor() as largest:
+        pretrain_step(network, batch, mask, LossConfig(num_target_points=8), generator()).losses["total"].backward()
+    assert 300 * 16 <= largest.elements < 4096 * 4096 // 64, largest.operation
 
 
 def test_the_logged_share_is_what_was_hidden():
