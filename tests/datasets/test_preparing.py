@@ -69,7 +69,7 @@ def test_a_log_that_cannot_even_be_listed_is_set_aside_and_no_older_one_is_kept(
     assert summary.set_aside == ("log b is set aside: b/poses.txt, line 3: expected 12 numbers",)
     assert (summary.logs, summary.logs_made) == (1, 0)
     assert PreparedDataset(tmp_path / "out").logs("train") == ("a",)
-    with pytest.raises(DataError, match=r"no log could be read\. log b is set aside: b/poses\.txt"):
+    with pytest.raises(DataError, match=r"no log could be read\..* log b is set aside: b/poses\.txt"):
         write(tmp_path / "none", plans[1:])
     assert not (tmp_path / "none" / "dataset.json").exists()
 
