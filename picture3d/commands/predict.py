@@ -137,7 +137,8 @@ class _Network:
     def of_file(self, path: Path, layout: str, unit: IntensityUnit) -> Iterator[Prediction]:
         """The prediction of one sweep file. Points that are not finite stay in their rows and get no answer."""
         points = read_points(path, parse_layout(layout), unit)
-        finite, lost = finite_points(points)
+        finite = finite_points(points)
+        lost = not finite.all()
         frame = Frame(path.stem, 0, path.name, 0, points.select(finite) if lost else points, None, Pose.identity())
         found = self._of(frame, path.name, collate([sweep_sample(frame, self.config.data)]))
         if found.labels is not None and lost:
