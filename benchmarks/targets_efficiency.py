@@ -5,7 +5,8 @@
 PREPARED holds prepared frames of several logs (`picture3d synth`, then `picture3d prepare`). Every process computes with one
 thread and takes its part of the logs, as `picture3d targets` does under torchrun. Python, the teacher and the first frame are
 loaded before the clock starts; it stops when the slowest process has its last log on disk. The best of the repeats counts;
-different numbers of processes take turns. Where other work runs on the machine, the load says so.
+different numbers of processes take turns. Where other work runs on the machine, the load says so; the seconds of processor that
+the busiest process used then still tell how the work is divided, though not whether the processes hinder each other.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ def work(prepared: Path, out: Path, teacher: str, share: tuple[int, int], barrie
     dataset = PreparedDataset(prepared)
     view_frame(dataset.frame(dataset.keyframes()[0], ()), network, num_superclasses=8, seed=0)
     barrier.wait()
-    begin = time.perf_counter()
+    begin, processor = time.perf_counter(), time.process_time()
     summary = compute_targets(dataset, network, folder=out, share=share)
-    times.put((time.perf_counter() - begin, summary.frames))
+    times.put((time.perf_counter() - begin, time.process_time() - processor, summary.frames))
 
 
-def seconds(prepared: Path, teacher: str, processes: int) -> tuple[float, int]:
-    """Of the slowest process, and the frames of all."""
+def seconds(prepared: Path, teacher: str, processes: int) -> tuple[float, float, int]:
+    """Of the slowest process by the clock, of the busiest by the processor, and the frames of all."""
     context = multiprocessing.get_context("spawn")
     barrier, times = context.Barrier(processes), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -50,10 +51,10 @@ def seconds(prepared: Path, teacher: str, processes: int) -> tuple[float, int]:
         ]
         for one in team:
             one.start()
-        found = [times.get(timeout=600) for _ in team]
+        found = [times.get(timeout=1800) for _ in team]
         for one in team:
             one.join()
-    return max(took for took, _ in found), sum(frames for _, frames in found)
+    return max(took for took, _, _ in found), max(used for _, used, _ in found), sum(frames for _, _, frames in found)
 
 
 def main() -> None:
@@ -67,14 +68,21 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, one thread a process, torch {torch.__version__}, {len(logs)} logs")
     print(f"load at the start {os.getloadavg()[0]:.1f}; teacher {given.teacher}; best of {given.repeats}")
     best: dict[int, float] = {}
+    busiest: dict[int, float] = {}
     frames = 0
-    for _ in range(given.repeats):
+    for number in range(given.repeats):
         for processes in given.processes:
-            took, frames = seconds(given.prepared, given.teacher, processes)
+            took, used, frames = seconds(given.prepared, given.teacher, processes)
+            print(f"reading {number + 1}, {processes} processes: {took:.2f} s, processor {used:.2f} s", flush=True)
             best[processes] = min(took, best.get(processes, took))
-    print(f"{'processes':>9} {'seconds':>8} {'frames/s':>9} {'times one':>9}")
+            busiest[processes] = min(used, busiest.get(processes, used))
+    print(f"{'processes':>9} {'seconds':>8} {'frames/s':>9} {'times one':>9} {'processor s':>11} {'times one':>9}")
     for processes, took in best.items():
-        print(f"{processes:9d} {took:8.2f} {frames / took:9.2f} {best[given.processes[0]] / took:9.2f}")
+        first = given.processes[0]
+        print(
+            f"{processes:9d} {took:8.2f} {frames / took:9.2f} {best[first] / took:9.2f} {busiest[processes]:11.2f} "
+            f"{busiest[first] / busiest[processes]:9.2f}"
+        )
     print(f"load at the end {os.getloadavg()[0]:.1f}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from picture3d.errors import ConfigError
-from picture3d.training.distributed import Place
+from picture3d.training.distributed import Place, launched_place
 from picture3d.training.host_memory import keep_freed_memory
 from picture3d.training.threads import set_threads
 
@@ -32,9 +32,20 @@ def start(device: str, threads: int, place: Place | None = None) -> torch.device
 
     Memory that the process frees stays with it from here on, where the C library can be told so (`training.host_memory`).
 
+    Args:
+        device: as the user names it.
+        threads: 0: as the process was started.
+        place: which process of a job this is; None for a command that does not share its work out.
+
     Raises:
-        ConfigError: if there is no such device, or fewer GPUs than processes.
+        ConfigError: if there is no such device, or fewer GPUs than processes, or several processes were started for work
+            that is not shared out.
     """
+    if place is None and (launched := launched_place()).world > 1:
+        raise ConfigError(
+            f"this command works in one process, and {launched.world} were started: each would do the whole of it and write "
+            "the same files. Start it without torchrun, and without RANK and WORLD_SIZE in the environment."
+        )
     keep_freed_memory()
     set_threads(threads)
     chosen = choose_device(device)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from picture3d.cli import main
 from picture3d.commands.data import targets
 from picture3d.commands.prepare import prepare_points
 from picture3d.recipes.catalogue import pretraining_recipe, tiny
@@ -84,6 +85,17 @@ def test_processes_side_by_side_leave_the_files_of_one_and_no_lock(tmp_path):
     words = command(sys.executable, "-m", "picture3d.cli", "prepare", "points", raw, tmp_path / "two", "--intensity", "0-1")
     run_all([[*words, "--val", "1"]] * 2, [{"RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)])
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("words", [("predict", "{}", "--out", "{}.json"), ("probe", "{}"), ("compare", "{}", "{}")])
+def test_what_is_not_shared_out_is_refused_in_several_processes(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["picture3d", *(word.format(tmp_path / "run") for word in words)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "this command works in one process, and 2 were started" in capsys.readouterr().err
 
 
 def test_two_processes_score_as_one_does_and_the_first_alone_speaks_and_writes(tmp_path):
