@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from picture3d.commands.build import build_network
 from picture3d.errors import CheckpointError
+from picture3d.models.voxel_encoder import unit_input_size
 from picture3d.recipes.catalogue import any_recipe
 from picture3d.tasks.encoder import ENCODER_PARTS
 from picture3d.training.checkpoint import LoadReport, compare, load_into, save_checkpoint
@@ -19,6 +20,7 @@ from picture3d.training.weights_import import export_openpcdet, load_any_weights
 
 # Settings that say what the encoder's numbers mean; a run that takes the encoder over is compared with them.
 _DATA_SETTINGS = ("features", "intensity_scale")
+_FIRST_LAYER = "vfe.pfn_layers.0.linear.weight"
 
 
 def show(file: Path, *, recipe: str | None, tensors: bool) -> str:
@@ -76,7 +78,10 @@ def import_weights(file: Path, out: Path, *, recipe: str | None, encoder_only: b
             raise CheckpointError(f"{file} for {recipe}: {error}") from None
         lines.append(f"{recipe}: {report.summary()}")
         chosen = {name: chosen[name] for name in report.matched}
-        meta["config"] = _settings(recipe)
+        settings = _settings(recipe)
+        if "config" not in checkpoint.meta:  # of another program, whose inputs are metres
+            chosen = _first_layer_in(chosen, settings, metres=False)
+        meta["config"] = settings
     save_checkpoint(out, chosen, meta)
     return "\n".join([*lines, f"{out}: {_size(chosen)}"])
 
@@ -85,8 +90,20 @@ def export_weights(source: Path, out: Path) -> str:
     """Writes the network of a run folder or checkpoint under OpenPCDet's names; returns what to tell the user."""
     checkpoint = load_any_weights(source)
     step = checkpoint.meta.get("global_step", checkpoint.meta.get("step", 0))
-    names = export_openpcdet(checkpoint.tensors, out, global_step=int(step))
+    tensors = _first_layer_in(checkpoint.tensors, checkpoint.meta.get("config"), metres=True)
+    names = export_openpcdet(tensors, out, global_step=int(step))
     return f"{out}: {len(names)} tensors under OpenPCDet's names, global_step {int(step)} among them"
+
+
+def _first_layer_in(tensors: Mapping[str, Tensor], config: Any, *, metres: bool) -> dict[str, Tensor]:
+    """The tensors; the first layer of an encoder that `config` says has unit inputs is made one for metres, or the reverse."""
+    found = dict(tensors)
+    if not isinstance(config, dict) or config.get("encoder", {}).get("point_inputs") != "unit" or _FIRST_LAYER not in found:
+        return found
+    weight = found[_FIRST_LAYER]
+    size = unit_input_size(tuple(config["grid"]["voxel_size"]), weight.shape[1] - 9)
+    found[_FIRST_LAYER] = weight / size if metres else weight * size
+    return found
 
 
 def _network(recipe: str) -> nn.Module:

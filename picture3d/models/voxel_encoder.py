@@ -71,11 +71,7 @@ class VoxelEncoder(nn.Module):
         x_cells, y_cells, z_cells = grid.shape
         self.grid_shape = (x_cells, y_cells, 1 if pillars else z_cells)
         inputs = 3 + in_features + 3 + 3
-        size = torch.ones(inputs)
-        if unit_inputs:
-            half = torch.tensor(grid.voxel_size) / 2
-            # Not of the range: encoders of one cell size may look at wider or narrower ones.
-            size = torch.cat([torch.tensor([10.0, 10.0, 1.0]), torch.ones(in_features), half, half])
+        size = unit_input_size(grid.voxel_size, in_features) if unit_inputs else torch.ones(inputs)
         self.register_buffer("input_size", size, persistent=False)
         self.pfn_layers = nn.ModuleList(
             [_PointLayer(inputs, channels // 2, momentum), _PointLayer(channels, channels, momentum)]
@@ -114,6 +110,16 @@ class VoxelEncoder(nn.Module):
         cell = assignment.coords[:, 1:].index_select(0, voxel).float()
         centre = cell * size + (size / 2 + low)
         return torch.cat([xyz, features, xyz - mean, xyz - centre], dim=1)
+
+
+def unit_input_size(voxel_size: tuple[float, float, float], in_features: int) -> Tensor:
+    """(3 + F + 3 + 3,) float32: what each column of the point inputs is divided by if they are brought to one size.
+
+    Weights of the first layer for unit inputs are those for metres, times this. It knows nothing of the range: encoders of one
+    cell size may look at wider or narrower ones.
+    """
+    half = torch.tensor(voxel_size) / 2
+    return torch.cat([torch.tensor([10.0, 10.0, 1.0]), torch.ones(in_features), half, half])
 
 
 class _PointLayer(nn.Module):

@@ -169,8 +169,7 @@ def _differences(network: TaskEncoder, config: Any, inputs: Mapping[str, Any]) -
     }
     here |= {f"data.{key}": value for key, value in inputs.items()}
     there = {f"{part}.{key}": value for part in ("encoder", "data") for key, value in _tree(config, part).items()}
-    if _tree(config, "encoder"):
-        there.setdefault("encoder.point_inputs", "metres")  # of encoders from before there was a choice
+    there.setdefault("encoder.point_inputs", "metres")  # of encoders from before there was a choice, and of other programs
     saved = _tree(config, "grid")
     there |= {f"grid.{key}": value for key, value in saved.items()}
     if "range_min" in saved and "range_max" in saved:

@@ -19,6 +19,8 @@ from picture3d.errors import CheckpointError
 from picture3d.models.dsvt import Dsvt, DsvtConfig
 from picture3d.models.dsvt_config import nuscenes_cylinder_128, nuscenes_pillar_256, nuscenes_voxel_256, waymo_voxel_192
 from picture3d.models.mae_decoder import LightDecoder
+from picture3d.recipes.catalogue import segmentation_recipe
+from picture3d.structures.batch import PointBatch
 from picture3d.structures.voxels import VoxelGrid
 from picture3d.tasks.encoder import JoinedEncoder, load_encoder
 from picture3d.training.checkpoint import compare, load_checkpoint, load_into
@@ -243,3 +245,27 @@ def test_an_imported_encoder_remembers_its_settings(tmp_path: Path):
     smaller = waymo_voxel_192().model_copy(update={"set_sizes": (24, 24, 24, 24)})
     with pytest.raises(CheckpointError, match=r"encoder\.set_sizes"):
         load_encoder(JoinedEncoder(WAYMO, 2, smaller), tmp_path / "ours.safetensors")
+
+
+def test_an_encoder_for_inputs_of_one_size_goes_in_and_out_with_its_first_layer_for_metres(tmp_path: Path):
+    config = segmentation_recipe("town-segmentation", tmp_path)
+    assert config.encoder.point_inputs == "unit"
+    metres = config.encoder.model_copy(update={"point_inputs": "metres"})
+    torch.manual_seed(0)
+    theirs, ours = (JoinedEncoder(config.grid.grid, 1, encoder).eval() for encoder in (metres, config.encoder))
+    path = openpcdet_file(tmp_path / "theirs.pth", theirs.state_dict())
+    told = {"recipe": "town-segmentation", "encoder_only": True, "allow_partial": False}
+    import_weights(path, tmp_path / "ours.safetensors", **told)
+    load_encoder(ours, tmp_path / "ours.safetensors")
+    xyz = torch.rand(200, 3) * torch.tensor([40.0, 40.0, 3.0]) - torch.tensor([20.0, 20.0, 2.0])
+    batch = PointBatch(xyz, torch.rand(200, 1), torch.zeros(200, dtype=torch.int64), 1, ("a/0",))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.vfe(batch).voxels.feats, theirs.vfe(batch).voxels.feats)
+    export_weights(tmp_path / "ours.safetensors", tmp_path / "back.safetensors")
+    back = load_file(tmp_path / "back.safetensors")
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(back[name], value)
+    # One of our own files says that its first layer is already for unit inputs.
+    import_weights(tmp_path / "ours.safetensors", tmp_path / "again.safetensors", **told)
+    again = load_checkpoint(tmp_path / "again.safetensors").tensors
+    assert all(torch.equal(again[name], value) for name, value in ours.state_dict().items())
