@@ -38,8 +38,9 @@ def log_by_log(batches: FrameBatches, team: Team, label: str, part: Callable[[Fr
     Raises:
         TrainingError: if another process has died.
     """
+    every = batches.keys
     logs: dict[str, list[FrameKey]] = {}
-    for key in batches.keys:
+    for key in every:
         logs.setdefault(key.log, []).append(key)
     rank, world = team.place.rank, team.place.world
     own = list(enumerate(logs.values()))[rank::world]
@@ -49,11 +50,14 @@ def log_by_log(batches: FrameBatches, team: Team, label: str, part: Callable[[Fr
     def frames(keys: list[FrameKey]) -> Frames:
         nonlocal done
         batches.choose(keys)
-        for key, batch in zip(keys, batches.epoch(0), strict=True):
-            yield key, batch
-            done += 1
-            if team.writes:
-                progress(done, total)
+        try:
+            for key, batch in zip(keys, batches.epoch(0), strict=True):
+                yield key, batch
+                done += 1
+                if team.writes:
+                    progress(done, total)
+        finally:
+            batches.choose(every)
 
     with Progress(label) as progress:
         for number, keys in own:
