@@ -111,14 +111,19 @@ def set_clock_of(folder: Path, nanoseconds: int) -> None:
         os.utime(path, ns=(nanoseconds, nanoseconds))
 
 
+_whole_runs: dict[tuple[Path, str], tuple[dict[str, str], int]] = {}
+
+
 def whole_run(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> tuple[dict[str, str], int]:
-    """What an untroubled run leaves, and how many files it writes."""
-    out = prepared_for(place, tmp_path / "whole", name)
-    with disk(out) as counted:
-        status, said = run(place.command(name, out), capsys)
-    assert status == 0, said
-    assert counted.files > 0
-    return contents(out), counted.files
+    """What an untroubled run leaves, and how many files it writes; done once for each command."""
+    if (place.root, name) not in _whole_runs:
+        out = prepared_for(place, tmp_path / "whole", name)
+        with disk(out) as counted:
+            status, said = run(place.command(name, out), capsys)
+        assert status == 0, said
+        assert counted.files > 0
+        _whole_runs[place.root, name] = contents(out), counted.files
+    return _whole_runs[place.root, name]
 
 
 def troubled_and_mended(
