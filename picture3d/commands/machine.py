@@ -6,7 +6,7 @@ import torch
 
 from picture3d.errors import ConfigError
 from picture3d.training.distributed import Place, launched_place
-from picture3d.training.host_memory import keep_freed_memory
+from picture3d.training.host_memory import keep_few_operations, keep_freed_memory
 from picture3d.training.threads import set_threads
 
 
@@ -30,7 +30,8 @@ def choose_device(name: str) -> torch.device:
 def start(device: str, threads: int, place: Place | None = None) -> torch.device:
     """Sets the CPU threads and returns the device; each process of a machine has a GPU of its own unless one is named.
 
-    Memory that the process frees stays with it from here on, where the C library can be told so (`training.host_memory`).
+    Memory that the process frees stays with it from here on, where the C library can be told so, and compiled operations of new
+    shapes do not pile up (`training.host_memory`).
 
     Args:
         device: as the user names it.
@@ -47,6 +48,7 @@ def start(device: str, threads: int, place: Place | None = None) -> torch.device
             "the same files. Start it without torchrun, and without RANK and WORLD_SIZE in the environment."
         )
     keep_freed_memory()
+    keep_few_operations()
     set_threads(threads)
     chosen = choose_device(device)
     if place is None or place.world == 1 or chosen.type != "cuda" or chosen.index is not None:

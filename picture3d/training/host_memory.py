@@ -1,9 +1,13 @@
-"""Whether memory that a process has freed stays with it.
+"""What a process does with memory it no longer needs: what it has freed stays with it, compiled operations do not pile up.
 
 PyTorch takes a CPU tensor from the C library and gives it back as soon as it is no longer used. glibc asks the system for every
 block above 32 MiB anew and returns it at once; the next one is then filled page by page by the kernel, which at the size of a
 Waymo frame takes a third of a training step. A process that computes the same sizes step after step does better to keep what it
 has had: its resident memory stays at its peak, which it would reach again in the next step anyway.
+
+oneDNN, with which PyTorch computes convolutions and some activations on a CPU, compiles an operation for each shape it meets
+and keeps the last 1,024 of them. Sparse voxels bring new shapes with every step: what is kept serves nobody, and lies scattered
+over the heap, so that no large block fits between. Resident memory then grows for hundreds of steps.
 """
 
 from __future__ import annotations
@@ -17,6 +21,14 @@ SWITCH = "PICTURE3D_KEEP_FREED_MEMORY"  # 0 in the environment: leave the C libr
 # Parameters of glibc's mallopt, <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _NEVER_TRIM, _LARGEST_BLOCK = -1, 2**31 - 1
+
+_KEPT_OPERATIONS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # oneDNN reads it at its first operation
+_ENOUGH_OPERATIONS = "64"  # those of a network's convolutions, whose shapes do recur
+
+
+def keep_few_operations() -> None:
+    """Lets oneDNN keep few compiled operations, unless the environment says how many; before the first one is computed."""
+    os.environ.setdefault(_KEPT_OPERATIONS, _ENOUGH_OPERATIONS)
 
 
 def keep_freed_memory() -> bool:

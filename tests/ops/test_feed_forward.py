@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,3 +62,22 @@ def test_only_what_is_dear_to_compute_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         feed_forward(x, attended, weights_of(flat))
     assert sorted(shape for shape in kept if shape[0] == 50 and shape[1] > 1) == [(50, C)] * 3
+
+
+ANY_NUMBER_OF_ROWS = """
+import torch
+from tests.ops.test_feed_forward import feed_forward, random_tensors, weights_of
+
+for rows in (5, 6, 7):
+    leaves = [t.requires_grad_() for t in random_tensors(rows, torch.float32)]
+    feed_forward(leaves[0], leaves[1], weights_of(leaves[2:])).sum().backward()
+print("done")
+"""
+
+
+def test_no_operation_is_compiled_for_a_number_of_rows():
+    environment = os.environ | {"ONEDNN_VERBOSE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-c", ANY_NUMBER_OF_ROWS]
+    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.rstrip().endswith("done")
+    assert "exec,cpu,eltwise" not in done.stdout

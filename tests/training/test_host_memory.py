@@ -1,10 +1,11 @@
-"""Freed memory that stays with the process: looked at through glibc's own books, in processes of their own."""
+"""Freed memory stays with the process, compiled operations do not: by the books of glibc and oneDNN, in processes apart."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -67,6 +68,30 @@ def test_a_switch_or_a_threshold_set_from_outside_leaves_the_library_alone(name:
     assert not found["kept"]
     assert found["mapped"] > 1 << 26  # the tensor of 64 MiB
     assert found["freed"] > 1 << 26
+
+
+SHAPES = """
+import torch
+from picture3d.training.host_memory import keep_few_operations
+
+keep_few_operations()
+for rows in (*range(2, 102), 101, 2):
+    torch.nn.functional.gelu(torch.ones(rows, 8))
+"""
+
+
+@pytest.mark.parametrize(("capacity", "last_two"), [(None, ["hit", "miss"]), ("1024", ["hit", "hit"]), ("0", ["miss", "miss"])])
+def test_compiled_operations_of_long_ago_are_dropped_unless_the_environment_keeps_them(capacity, last_two):
+    environment = os.environ | {"ONEDNN_VERBOSE": "2"}
+    environment.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+    if capacity is not None:
+        environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = capacity
+    done = subprocess.run([sys.executable, "-c", SHAPES], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = re.findall(r"create:cache_(hit|miss),cpu,eltwise", done.stdout)
+    if not found:
+        pytest.skip("this PyTorch does not compute GELU with oneDNN")
+    assert len(found) == 102
+    assert found[-2:] == last_two
 
 
 def test_another_library_is_left_alone(monkeypatch):
