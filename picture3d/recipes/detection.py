@@ -77,7 +77,7 @@ def town_detection(data: Path) -> DetectionConfig:
         ),
         training=TrainingConfig(
             epochs=None,
-            max_steps=1000,
+            max_steps=2200,
             batch_size=1,
             checkpoint_every=100,
             optim=OptimConfig(peak_lr=4e-3, weight_decay=0.01, warmup_share=0.1, start_divisor=10.0, grad_clip=10.0),
