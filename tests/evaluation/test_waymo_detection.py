@@ -250,7 +250,7 @@ def test_a_looser_threshold_lets_more_match(tmp_path):
     for bad, text in (
         ("vehikle=0.5", "Did you mean vehicle"),
         ("vehicle=70", "not of the form CLASS=THRESHOLD"),
-        ("vehicle", "write"),
+        ("vehicle", "not of the form CLASS=THRESHOLD"),
     ):
         with pytest.raises(ConfigError, match=text):
             CliRunner().invoke(app, [*words, bad], catch_exceptions=False)

@@ -101,7 +101,7 @@ def test_a_part_follows_the_schedule_times_its_own_scale_and_of_nested_parts_the
 
 
 def test_a_scale_for_a_part_that_is_not_there_is_refused_and_the_parts_are_named():
-    with pytest.raises(ConfigError, match=r"lr_scale names bod, .* parts are body, head"):
+    with pytest.raises(ConfigError, match=r"lr_scale names bod, .* parts: body, head"):
         build_optimizer(nn.ModuleDict({"body": nn.Linear(1, 1), "head": nn.Linear(1, 1)}), OptimConfig(lr_scale={"bod": 0.5}))
 
 
