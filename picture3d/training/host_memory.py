@@ -23,7 +23,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _NEVER_TRIM, _LARGEST_BLOCK = -1, 2**31 - 1
 
 _KEPT_OPERATIONS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # oneDNN reads it at its first operation
-_ENOUGH_OPERATIONS = "64"  # those of a network's convolutions, whose shapes do recur
+_ENOUGH_OPERATIONS = "256"  # those of a detector's convolutions and their gradients, whose shapes do recur
 
 
 def keep_few_operations() -> None:
