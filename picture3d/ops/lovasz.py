@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,8 +33,9 @@ def lovasz_softmax(logits: Tensor, labels: Tensor, *, ignored: int | None = 0) -
         present = torch.unique(labels)
         probability = logits.softmax(1).index_select(1, present).T  # (P, N): each class's row is sorted on its own
         is_class = (labels[None] == present[:, None]).to(probability.dtype)
-        errors, order = (is_class - probability).abs().sort(dim=1, descending=True)
-        return (errors * _jaccard_gradient(is_class.gather(1, order))).sum(1).mean()
+        errors = (is_class - probability).abs()
+        order = _descending(errors.detach())
+        return (errors.gather(1, order) * _jaccard_gradient(is_class.gather(1, order))).sum(1).mean()
 
 
 def _jaccard_gradient(is_class: Tensor) -> Tensor:
@@ -43,3 +45,19 @@ def _jaccard_gradient(is_class: Tensor) -> Tensor:
     false_alarms = (1 - is_class).cumsum(1)
     jaccard = 1 - (size - missed) / (size + false_alarms)
     return torch.cat([jaccard[:, :1], jaccard.diff(dim=1)], dim=1)
+
+
+def _descending(values: Tensor) -> Tensor:
+    """(P, N) int64 places of each row's values, none below 0, from the largest to the least; equal ones keep their order.
+
+    In float32 on a CPU by the bits, which are ordered as the values are, 16 of them at a time: numpy sorts these by counting,
+    and twice is a quarter of the time that comparing takes.
+    """
+    if values.is_cuda or values.dtype != torch.float32:
+        return torch.argsort(values, dim=1, descending=True, stable=True)
+    order = np.empty(values.shape, dtype=np.int64)
+    for row, bits in zip(order, ~values.contiguous().numpy().view(np.uint32), strict=True):
+        by_lower = np.argsort(bits.astype(np.uint16), kind="stable")
+        upper = (bits >> 16).astype(np.uint16)
+        np.take(by_lower, np.argsort(upper[by_lower], kind="stable"), out=row)
+    return torch.from_numpy(order)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from picture3d.ops.lovasz import lovasz_softmax
+from picture3d.ops.lovasz import _descending, lovasz_softmax
 from tests.sample_data import golden_files
 
 
@@ -101,3 +101,15 @@ def test_half_precision_is_computed_in_float32():
         loss = lovasz_softmax(logits, labels)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(lovasz_softmax(logits.float(), labels).item(), abs=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.floats(0, float("inf"), width=32), max_size=40),
+    rows=st.integers(0, 3),
+    seed=st.integers(0, 100),
+)
+def test_sorting_by_bits_is_the_stable_descending_order(values: list[float], rows: int, seed: int):
+    table = torch.tensor([values] * rows, dtype=torch.float32).reshape(rows, len(values))
+    table = table[:, torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))]
+    assert torch.equal(_descending(table), torch.argsort(table, dim=1, descending=True, stable=True))
