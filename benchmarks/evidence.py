@@ -1,6 +1,7 @@
 """What pre-training is worth on the synthetic town, in runs of a minute or two: labels, masks, targets, encoders.
 
     python benchmarks/evidence.py labels|masks|targets|probes --work FOLDER [--budget SECONDS] [--seeds 0,1,2] [--only TEXT]
+                                                              [--steps 6000]
     python benchmarks/evidence.py bounds --work FOLDER
     python benchmarks/evidence.py show
 
@@ -63,10 +64,12 @@ NETWORK = (
     "encoder.strides=[[1,1,8]]",
     "encoder.point_inputs=unit",
     "training.batch_size=1",
-    "training.checkpoint_every=100",
+    "training.checkpoint_every=500",
 )
-PRETRAIN = (*NETWORK, "training.max_steps=150", "training.optim.peak_lr=1e-2")
-FINETUNE = (*NETWORK, "task.head_channels=32", "training.max_steps=100", "training.optim.peak_lr=1e-2")
+PRETRAIN = (*NETWORK, "training.optim.peak_lr=1e-2")  # and how many steps
+FINETUNE = (*NETWORK, "task.head_channels=32", "training.max_steps=700", "training.optim.peak_lr=1e-2")
+# Parts that only choose by the probe take half the steps.
+PROBED = (*PRETRAIN, "training.max_steps=750")
 METHODS = (SCRATCH, "town-coordinates", "town-features", "town-picture", "town-gpicture")
 SHARES = (0.0625, 0.25, 1.0)
 PROBE_SHARE = 0.25
@@ -85,12 +88,12 @@ _TARGETS = {
     "town 1:3": ("town-picture", ()),
     "town 0:1": ("town-picture", ("loss.coordinates_weight=0",)),
     "handcrafted": ("town-handcrafted", ()),
-    "ema": ("town-ema", ()),
+    "ema": ("town-ema", ("targets.ema.ramp_steps=750",)),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Probed:
+class ProbedRow:
     """One pre-training that is judged by probes."""
 
     part: str
@@ -99,15 +102,15 @@ class Probed:
     settings: tuple[str, ...]
 
 
-def probed_rows(part: str) -> list[Probed]:
+def probed_rows(part: str) -> list[ProbedRow]:
     """The rows of a part that is judged by probes, the most telling first."""
     if part == "masks":
         return [
-            Probed(part, f"{kind} {ratio}", "town-picture", (*settings, f"mask.target_ratio={ratio}"))
+            ProbedRow(part, f"{kind} {ratio}", "town-picture", (*settings, f"mask.target_ratio={ratio}"))
             for ratio in (0.6, 0.75, 0.4, 0.2)
             for kind, settings in _MASKS.items()
         ]
-    return [Probed(part, name, recipe, settings) for name, (recipe, settings) in _TARGETS.items()]
+    return [ProbedRow(part, name, recipe, settings) for name, (recipe, settings) in _TARGETS.items()]
 
 
 def make_data(work: Path, teachers: tuple[str, ...]) -> Path:
@@ -137,13 +140,14 @@ def measured(row: dict[str, Any]) -> Iterator[None]:
     }
 
 
-def label_rows(data: Path, work: Path, seeds: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Missing cells of the label-efficiency experiment, each with what makes it; seed by seed, the fewest labels first."""
-    kept, folder = ROWS / "labels", work / "labels"
+def label_rows(data: Path, work: Path, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Missing cells of the label-efficiency experiment, each with what makes it; the fewest labels first, seed by seed."""
+    kept, folder = ROWS / f"labels_{steps}", work / f"labels_{steps}"
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     for path in [*kept.glob("cells/*.json"), *kept.glob("experiment.json")]:
         shutil.copy(path, folder / path.relative_to(kept))
-    common: dict[str, Any] = {"data": data, "pretrain_set": PRETRAIN, "finetune_set": FINETUNE, "probe_share": PROBE_SHARE}
+    common: dict[str, Any] = {"data": data, "finetune_set": FINETUNE, "probe_share": PROBE_SHARE}
+    common["pretrain_set"] = (*PRETRAIN, f"training.max_steps={steps}")
 
     def do(plan: Plan) -> None:
         label_efficiency_experiment(plan, folder, device="cpu", threads=1, as_json=True)
@@ -151,26 +155,31 @@ def label_rows(data: Path, work: Path, seeds: tuple[int, ...]) -> Iterator[tuple
         for path in [*folder.glob("cells/*.json"), *folder.glob("experiment.json")]:
             shutil.copy(path, kept / path.relative_to(folder))
 
-    for seed in seeds:
-        for share in SHARES:
-            for method in (SCRATCH, "town-picture", *METHODS[1:3], "town-gpicture"):  # what is asked first comes first
-                if (kept / "cells" / f"{method}_{share:g}_{seed}.json").is_file():
-                    continue
-                plan = Plan(methods=(method,), shares=(share,), seeds=(seed,), **common)
-                run = folder / "runs" / f"pretrain-{method}-seed{seed}"
-                if method != SCRATCH and not (run / "model.safetensors").is_file():
-                    # By itself: it is the longest piece of work, and the cell then finds it done.
-                    config = plan.pretraining(method, seed)
-                    yield f"pretrain {method} {seed}", lambda c=config, r=run, m=method: run_and_measure(c, r, m)
-                yield f"{method} {share:g} {seed}", lambda p=plan: do(p)
+    for share, seed in itertools.product(SHARES, seeds):
+        for method in (SCRATCH, "town-picture", *METHODS[1:3], "town-gpicture"):  # what is asked first comes first
+            if (kept / "cells" / f"{method}_{share:g}_{seed}.json").is_file():
+                continue
+            plan = Plan(methods=(method,), shares=(share,), seeds=(seed,), **common)
+            run = folder / "runs" / f"pretrain-{method}-seed{seed}"
+            if method != SCRATCH and not (run / "model.safetensors").is_file():
+                # By itself: it is the longest piece of work, and the cell then finds it done.
+                config = plan.pretraining(method, seed)
+                path = ROWS / "costs" / f"{method}_{steps}_{seed}.json"
+                yield f"pretrain {method} {seed}", lambda c=config, r=run, m=method, p=path: pretrain_cost(c, r, m, p)
+            yield f"{method} {share:g} {seed}", lambda p=plan: do(p)
+
+
+def pretrain_cost(config: PretrainConfig, run: Path, method: str, path: Path) -> None:
+    """Pre-trains; what it took is a row of its own."""
+    row = {**run_and_measure(config, run, method), "part": "costs", "steps": config.training.max_steps}
+    write_row(path, row | {"seed": config.training.seed, "model_bytes": (run / "model.safetensors").stat().st_size})
 
 
 def run_and_measure(config: PretrainConfig, run: Path, name: str) -> dict[str, Any]:
-    """Pre-trains; what it took is left in the run folder, and returned."""
+    """Pre-trains; returns what it took."""
     row: dict[str, Any] = {"name": name}
     with measured(row):
         run_pretraining(config, run, True, "cpu", 1)
-    write_json(run / "cost.json", row)
     return row
 
 
@@ -182,8 +191,8 @@ def probe_rows(part: str, data: Path, work: Path, seeds: tuple[int, ...]) -> Ite
             if path.is_file():
                 continue
 
-            def do(one: Probed = one, path: Path = path, seed: int = seed) -> None:
-                settings = [*PRETRAIN, *one.settings, f"training.seed={seed}"]
+            def do(one: ProbedRow = one, path: Path = path, seed: int = seed) -> None:
+                settings = [*PROBED, *one.settings, f"training.seed={seed}"]
                 config = pretraining_recipe(one.recipe, data).with_overrides(settings)
                 run = work / part / path.stem
                 cost = run_and_measure(config, run, one.name)
@@ -263,8 +272,10 @@ def bounds(data: Path, frames: int = 6) -> dict[str, float]:
 
 def show() -> None:
     """All rows as tables."""
-    methods, cells = read_cells(ROWS / "labels", METHODS)
-    print(markdown_table(label_efficiency([cell for cell, _ in cells], methods), measure="mIoU"))
+    for folder in sorted(ROWS.glob("labels_*")):
+        methods, cells = read_cells(folder, METHODS)
+        print(f"\n{folder.name.removeprefix('labels_')} steps of pre-training")
+        print(markdown_table(label_efficiency([cell for cell, _ in cells], methods), measure="mIoU"))
     for part in ("probes", "masks", "targets"):
         rows = [json.loads(path.read_text()) for path in sorted((ROWS / part).glob("*.json"))]
         print(f"\n{part}: seed, hidden %, linear, kNN, rank, seconds, processor seconds, MiB")
@@ -282,7 +293,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--budget", type=float, default=1e9)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--steps", type=int, default=6000, help="of pre-training, for the labels part; 1500 is a quarter of it")
+    parser.add_argument("--only", default="", help="rows whose name holds one of these, separated by commas")
     args = parser.parse_args()
     if args.part == "show":
         show()
@@ -295,13 +307,13 @@ def main() -> None:
             print("\n".join(f"{name:32s}{value:.5f}" for name, value in bounds(data).items()))
             return
         case "labels":
-            rows = label_rows(data, args.work, seeds)
+            rows = label_rows(data, args.work, seeds, args.steps)
         case "probes":
             rows = frozen_rows(data, args.work, seeds)
         case part:
             rows = probe_rows(part, data, args.work, seeds)
     for name, do in rows:
-        if args.only not in name:
+        if not any(text in name for text in args.only.split(",")):
             continue
         if time.monotonic() - begin > args.budget:
             print("budget spent; the same command goes on")

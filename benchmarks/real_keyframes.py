@@ -1,12 +1,16 @@
 """PICTURE on seven real nuScenes keyframes: pre-train on 0-4, fine-tune lidarseg on some of them, score on 5-6.
 
     python benchmarks/real_keyframes.py --data FOLDER --work FOLDER [--pretrain-steps 120] [--finetune-steps 100] [--seeds 1]
-        [--labelled 2] [--small] [--rows FOLDER]
+        [--labelled 2] [--others FOLDER] [--small] [--rows FOLDER]
 
 FOLDER holds `pc/pc*.npy` (x y z intensity), `pc_seman/pc_seman_*.npy` (x y z label) and poses, as the public SurroundOcc demo
 lays them out. Everything goes through the commands that a user types. Two scored keyframes, 2.5 s after the labelled ones, on
 the same street: the numbers say that the chain works on real sweeps, and little about streets elsewhere. With `--rows` every
 finished seed of a row is kept there as JSON and not done again.
+
+`--others` names the folder of all sample data: pre-training then also takes the sweeps of other sensors that lie there
+(nuScenes elsewhere, Waymo, SemanticKITTI, ONCE, Argoverse 2), as many in an epoch as keyframes. Their intensity is brought
+to 0..1 and the ground to where the nuScenes sensor sees it, 1.84 m below.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import numpy as np
 from benchmarks.evidence import NETWORK
 from picture3d.evaluation.label_efficiency import CellScore, label_efficiency, markdown_table
 from picture3d.files import write_json
+from picture3d.formats.feather import read_feather
 from picture3d.structures.poses import Pose
 from picture3d.training.runlog import describe_environment
 
@@ -43,6 +48,29 @@ def lay_out(source: Path, work: Path) -> None:
         ego, lidar = (pose_of(source / name) for name in names)
         lines.append(" ".join(f"{v:.12g}" for v in (ego @ lidar).matrix[:3].ravel()))
     (work / "poses.txt").write_text("\n".join(lines) + "\n")
+
+
+def lay_out_others(samples: Path, folder: Path) -> None:
+    """One sub-folder per sensor, x y z intensity, intensity 0..1, the ground at -1.84 m."""
+    kinds = {
+        "nuscenes": ("nuscenes/sample_ca9a282c/*LIDAR_TOP*.bin", 5, 255.0),
+        "waymo": ("waymo/lidar_frames/*.bin", 5, 1.0),
+        "semantickitti": ("semantickitti/sequences/*/velodyne/*.bin", 4, 1.0),
+        "once": ("once/*/lidar_roof/*.bin", 4, 255.0),
+        "argoverse2": ("argoverse2/*/sensors/lidar/*.feather", 0, 255.0),
+    }
+    for name, (pattern, columns, brightest) in kinds.items():
+        for path in sorted(samples.glob(pattern)):
+            if columns:
+                table = np.fromfile(path, dtype=np.float32).reshape(-1, columns)[:, :4]
+            else:
+                found = read_feather(path, dict.fromkeys(("x", "y", "z", "intensity"), "f"))
+                table = np.stack([found[column].astype(np.float32) for column in ("x", "y", "z", "intensity")], 1)
+            table[:, 3] /= brightest
+            range_m = np.hypot(table[:, 0], table[:, 1])
+            table[:, 2] -= np.percentile(table[(range_m > 5) & (range_m < 15), 2], 20) + 1.84
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            table.tofile(folder / name / f"{path.name.split('.')[0]}.bin")
 
 
 def pose_of(path: Path) -> Pose:
@@ -72,6 +100,7 @@ def main() -> None:
     parser.add_argument(
         "--small", action="store_true", help="the small network of benchmarks/evidence.py, a higher learning rate"
     )
+    parser.add_argument("--others", type=Path, help="folder of sample data whose other sweeps are pre-trained on too")
     parser.add_argument("--rows", type=Path, help="keep finished rows here")
     parser.add_argument("--budget", type=float, default=1e9, help="begin no row after so many seconds")
     args = parser.parse_args()
@@ -87,6 +116,13 @@ def main() -> None:
         )
     )
     print(picture3d("targets", prepared))
+    mixed = ()
+    if args.others:
+        lay_out_others(args.others, work / "others")
+        also = work / "prepared_others"
+        print(picture3d("prepare", "points", work / "others", also, "--layout", "x,y,z,intensity", "--intensity", "0-1"))
+        print(picture3d("targets", also))
+        mixed = ("--set", "data.also=" + json.dumps([{"root": str(also), "weight": 1}]))
     small = [word for setting in (*NETWORK, "training.optim.peak_lr=1e-2") for word in ("--set", setting)] if args.small else []
     head = ("--set", "task.head_channels=32") if args.small else ()
     kept: Path = args.rows or work / "rows"
@@ -101,7 +137,7 @@ def main() -> None:
             run, tuned = work / f"runs/{name}-{seed}", work / f"runs/segment-{name}-{args.labelled}-{seed}"
             if name != "scratch":
                 steps, chosen = ("--max-steps", args.pretrain_steps), ("--recipe", f"town-{name}")
-                seeded = ("--set", f"training.seed={seed}", "--resume", *small)
+                seeded = ("--set", f"training.seed={seed}", "--resume", *small, *mixed)
                 print(picture3d("pretrain", *chosen, "--data", prepared, "--out", run, *steps, *seeded))
             encoder = () if name == "scratch" else ("--encoder", run)
             settings = (
@@ -118,6 +154,7 @@ def main() -> None:
             scores = json.loads(picture3d("evaluate", tuned, "--json"))
             row = {"method": name, "labelled": args.labelled, "seed": seed, "miou": scores["miou"], "iou": scores["iou"]}
             row |= {"pretrain_steps": args.pretrain_steps, "finetune_steps": args.finetune_steps, "small": args.small}
+            row["others"] = args.others is not None
             write_json(path, {**row, "seconds": round(time.time() - begin, 1), "environment": describe_environment("cpu")})
     rows = [json.loads(path.read_text()) for path in sorted(kept.glob(f"*_{args.labelled}_*.json"))]
     cells = [CellScore(row["method"], row["labelled"] / 5, row["seed"], row["miou"]) for row in rows]
