@@ -73,6 +73,7 @@ PROBED = (*PRETRAIN, "training.max_steps=750")
 METHODS = (SCRATCH, "town-coordinates", "town-features", "town-picture", "town-gpicture")
 SHARES = (0.0625, 0.25, 1.0)
 PROBE_SHARE = 0.25
+ENCODERS = 3  # pre-trained per method; further seeds draw other labels for the same ones
 
 # What one "3" of the published weights 1:3 is in the town recipes, whose voxels make the Chamfer loss larger.
 _THIRD = 20.0 / 3.0
@@ -147,6 +148,7 @@ def label_rows(data: Path, work: Path, seeds: tuple[int, ...], steps: int) -> It
     for path in [*kept.glob("cells/*.json"), *kept.glob("experiment.json")]:
         shutil.copy(path, folder / path.relative_to(kept))
     common: dict[str, Any] = {"data": data, "finetune_set": FINETUNE, "probe_share": PROBE_SHARE}
+    common["encoders"] = ENCODERS
     common["pretrain_set"] = (*PRETRAIN, f"training.max_steps={steps}")
 
     def do(plan: Plan) -> None:
@@ -160,12 +162,13 @@ def label_rows(data: Path, work: Path, seeds: tuple[int, ...], steps: int) -> It
             if (kept / "cells" / f"{method}_{share:g}_{seed}.json").is_file():
                 continue
             plan = Plan(methods=(method,), shares=(share,), seeds=(seed,), **common)
-            run = folder / "runs" / f"pretrain-{method}-seed{seed}"
+            first = plan.encoder_seed(seed)
+            run = folder / "runs" / f"pretrain-{method}-seed{first}"
             if method != SCRATCH and not (run / "model.safetensors").is_file():
                 # By itself: it is the longest piece of work, and the cell then finds it done.
-                config = plan.pretraining(method, seed)
-                path = ROWS / "costs" / f"{method}_{steps}_{seed}.json"
-                yield f"pretrain {method} {seed}", lambda c=config, r=run, m=method, p=path: pretrain_cost(c, r, m, p)
+                config = plan.pretraining(method, first)
+                path = ROWS / "costs" / f"{method}_{steps}_{first}.json"
+                yield f"pretrain {method} {first}", lambda c=config, r=run, m=method, p=path: pretrain_cost(c, r, m, p)
             yield f"{method} {share:g} {seed}", lambda p=plan: do(p)
 
 

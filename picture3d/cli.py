@@ -690,6 +690,10 @@ def experiment_label_efficiency(
     probe_share: Annotated[
         float | None, typer.Option("--probe", help="Also probe each frozen encoder on this share of the labelled scenes.")
     ] = None,
+    encoders: Annotated[
+        int | None,
+        typer.Option(help="Pre-train so many per method; seed s begins from number s modulo this. Default: one per seed."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     device: Device = "auto",
     threads: Threads = 0,
@@ -707,6 +711,7 @@ def experiment_label_efficiency(
         finetune_set=tuple(finetune_set or ()),
         split=split,
         probe_share=probe_share,
+        encoders=encoders,
     )
     _show(label_efficiency_experiment(plan, out, device=device, threads=threads, as_json=as_json))
 

@@ -46,6 +46,7 @@ class Plan:
     finetune_set: tuple[str, ...] = ()
     split: str = "val"
     probe_share: float | None = None  # also probe each frozen encoder, learning from this share of the labelled scenes
+    encoders: int | None = None  # pre-train so many of a method, for cells of several seeds; None: one for each seed
 
     def common(self) -> dict[str, Any]:
         """What every cell of a folder must agree in. The data is known by what it holds, so that another machine may go on."""
@@ -62,6 +63,10 @@ class Plan:
             "finetune_set": list(self.finetune_set),
             "split": self.split,
         }
+
+    def encoder_seed(self, seed: int) -> int:
+        """The seed of the pre-training that a cell begins from: with 3 encoders, cells 0, 3 and 6 share the first one."""
+        return seed if self.encoders is None else seed % self.encoders
 
     def pretraining(self, method: str, seed: int) -> PretrainConfig:
         """The pre-training of a method, its first weights and masks drawn from `seed`."""
@@ -106,7 +111,10 @@ def label_efficiency_experiment(plan: Plan, out: Path, *, device: str, threads: 
         render_report(page, out / "report.html")
     if as_json:
         return json.dumps(tree)
-    pretraining = {(cell.method, cell.seed): row["seconds"].get("pretrain", 0.0) for cell, row in cells}  # one for all shares
+    # One pre-training for all shares and for all cells that share an encoder.
+    pretraining = {
+        (cell.method, row.get("encoder_seed", cell.seed)): row["seconds"].get("pretrain", 0.0) for cell, row in cells
+    }
     seconds = sum(pretraining.values()) + sum(row["seconds"]["finetune"] for _, row in cells)
     return f"{table}\n\n{len(cells)} cells, {duration(seconds)} of training; report: {out / 'report.html'}"
 
@@ -114,11 +122,12 @@ def label_efficiency_experiment(plan: Plan, out: Path, *, device: str, threads: 
 def _do_cells(plan: Plan, out: Path, method: str, seed: int, shares: Sequence[float], device: str, threads: int) -> None:
     encoder, seconds, extra = None, {}, {}
     if method != SCRATCH:
-        encoder = out / "runs" / f"pretrain-{method}-seed{seed}"
-        done = run_pretraining(plan.pretraining(method, seed), encoder, True, device, threads)
-        seconds["pretrain"] = round(done.seconds, 1)
+        first = plan.encoder_seed(seed)
+        encoder = out / "runs" / f"pretrain-{method}-seed{first}"
+        done = run_pretraining(plan.pretraining(method, first), encoder, True, device, threads)
+        seconds["pretrain"], extra["encoder_seed"] = round(done.seconds, 1), first
         if plan.probe_share is not None:
-            extra = _probed(plan, encoder, plan.probe_share, seed, device, threads)
+            extra |= _probed(plan, encoder, plan.probe_share, first, device, threads)
     for share in shares:
         config = plan.tuning(share, seed, encoder)
         folder = out / "runs" / f"{method}-{share:g}-seed{seed}"
@@ -167,6 +176,8 @@ def _row_path(out: Path, method: str, share: float, seed: int) -> Path:
 
 
 def _check(plan: Plan) -> None:
+    if plan.encoders is not None and plan.encoders < 1:
+        raise ConfigError(f"--encoders {plan.encoders}: pre-train at least one, or leave the option out for one per seed")
     for name, values in (("methods", plan.methods), ("shares", plan.shares), ("seeds", plan.seeds)):
         if not values or len(set(values)) != len(values):
             raise ConfigError(f"--{name}: name at least one, and none twice; got {', '.join(map(str, values)) or 'none'}")

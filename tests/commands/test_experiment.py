@@ -84,6 +84,29 @@ def test_the_seed_of_a_cell_chooses_scenes_weights_and_masks_and_settings_reach_
     assert (pretraining.training.seed, pretraining.mask.kind, pretraining.loss.coordinates_weight) == (3, "random", 0.0)
 
 
+def test_cells_may_share_an_encoder_and_say_which(data: Path, tmp_path: Path):
+    options = {"methods": "scratch,town-coordinates", "shares": "0.5", "seeds": "0,2,3", "encoders": "2"}
+    cells = json.loads(do(*words(data, tmp_path / "shared", **options), "--json"))["cells"]
+    found = {row["seed"]: row["encoder_seed"] for row in cells if row["method"] == "town-coordinates"}
+    assert found == {0: 0, 2: 0, 3: 1}
+    assert all("encoder_seed" not in row for row in cells if row["method"] == "scratch")
+    runs = tmp_path / "shared" / "runs"
+    assert sorted(path.name for path in runs.glob("pretrain-*")) == [f"pretrain-town-coordinates-seed{n}" for n in (0, 1)]
+    seeds = {
+        name: json.loads((runs / name / "config.json").read_text())
+        for name in ("town-coordinates-0.5-seed2", "scratch-0.5-seed2")
+    }
+    assert {config["data"]["label_seed"] for config in seeds.values()} == {2}
+    with pytest.raises(ConfigError, match="at least one"):
+        experiment.label_efficiency_experiment(
+            experiment.Plan(data, ("scratch",), (0.5,), (0,), encoders=0),
+            tmp_path / "none",
+            device="cpu",
+            threads=1,
+            as_json=True,
+        )
+
+
 def test_scores_that_do_not_exist_are_no_zeros(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(experiment, "run_evaluation", lambda *_, **__: ConfusionMatrix(("ignored", "car")).scores())
     with pytest.raises(DataError, match="no labelled point"):

@@ -13,8 +13,8 @@ import pytest
 
 from picture3d.training.host_memory import can_keep_freed_memory
 
-# Bytes that glibc has asked the system for block by block while a tensor of 64 MiB is held, and resident bytes afterwards. Where
-# the heap begins is drawn anew for every process: it takes one to four steps until every block has found its place.
+# Bytes that glibc has asked the system for block by block while a tensor of 64 MiB is held, and resident bytes afterwards.
+# Where the heap begins is drawn anew for every process: it takes one to four steps until every block has found its place.
 PROGRAM = """
 import ctypes, json, sys, torch
 from picture3d.training.host_memory import keep_freed_memory
