@@ -1,7 +1,7 @@
 """What pre-training is worth on the synthetic town, in runs of a minute or two: labels, masks, targets, encoders.
 
     python benchmarks/evidence.py labels|masks|targets|probes --work FOLDER [--budget SECONDS] [--seeds 0,1,2] [--only TEXT]
-                                                              [--steps 6000]
+                                                              [--steps 6000] [--rate 3e-3]
     python benchmarks/evidence.py bounds --work FOLDER
     python benchmarks/evidence.py show
 
@@ -66,10 +66,9 @@ NETWORK = (
     "training.batch_size=1",
     "training.checkpoint_every=500",
 )
-PRETRAIN = (*NETWORK, "training.optim.peak_lr=1e-2")  # and how many steps
 FINETUNE = (*NETWORK, "task.head_channels=32", "training.max_steps=700", "training.optim.peak_lr=1e-2")
 # Parts that only choose by the probe take half the steps.
-PROBED = (*PRETRAIN, "training.max_steps=750")
+PROBED = (*NETWORK, "training.max_steps=750", "training.optim.peak_lr=3e-3")
 METHODS = (SCRATCH, "town-coordinates", "town-features", "town-picture", "town-gpicture")
 SHARES = (0.0625, 0.25, 1.0)
 PROBE_SHARE = 0.25
@@ -141,15 +140,18 @@ def measured(row: dict[str, Any]) -> Iterator[None]:
     }
 
 
-def label_rows(data: Path, work: Path, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str, Callable[[], object]]]:
+def label_rows(
+    data: Path, work: Path, seeds: tuple[int, ...], steps: int, rate: float
+) -> Iterator[tuple[str, Callable[[], object]]]:
     """Missing cells of the label-efficiency experiment, each with what makes it; the fewest labels first, seed by seed."""
-    kept, folder = ROWS / f"labels_{steps}", work / f"labels_{steps}"
+    name = f"labels_{steps}_{rate:g}"
+    kept, folder = ROWS / name, work / name
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     for path in [*kept.glob("cells/*.json"), *kept.glob("experiment.json")]:
         shutil.copy(path, folder / path.relative_to(kept))
     common: dict[str, Any] = {"data": data, "finetune_set": FINETUNE, "probe_share": PROBE_SHARE}
     common["encoders"] = ENCODERS
-    common["pretrain_set"] = (*PRETRAIN, f"training.max_steps={steps}")
+    common["pretrain_set"] = (*NETWORK, f"training.max_steps={steps}", f"training.optim.peak_lr={rate}")
 
     def do(plan: Plan) -> None:
         label_efficiency_experiment(plan, folder, device="cpu", threads=1, as_json=True)
@@ -167,7 +169,7 @@ def label_rows(data: Path, work: Path, seeds: tuple[int, ...], steps: int) -> It
             if method != SCRATCH and not (run / "model.safetensors").is_file():
                 # By itself: it is the longest piece of work, and the cell then finds it done.
                 config = plan.pretraining(method, first)
-                path = ROWS / "costs" / f"{method}_{steps}_{first}.json"
+                path = ROWS / "costs" / f"{method}_{steps}_{rate:g}_{first}.json"
                 yield f"pretrain {method} {first}", lambda c=config, r=run, m=method, p=path: pretrain_cost(c, r, m, p)
             yield f"{method} {share:g} {seed}", lambda p=plan: do(p)
 
@@ -277,7 +279,7 @@ def show() -> None:
     """All rows as tables."""
     for folder in sorted(ROWS.glob("labels_*")):
         methods, cells = read_cells(folder, METHODS)
-        print(f"\n{folder.name.removeprefix('labels_')} steps of pre-training")
+        print("\n{1} steps of pre-training, peak rate {2}".format(*folder.name.split("_")))
         print(markdown_table(label_efficiency([cell for cell, _ in cells], methods), measure="mIoU"))
     for part in ("probes", "masks", "targets"):
         rows = [json.loads(path.read_text()) for path in sorted((ROWS / part).glob("*.json"))]
@@ -297,6 +299,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1e9)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=6000, help="of pre-training, for the labels part; 1500 is a quarter of it")
+    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate of pre-training, for the labels part")
     parser.add_argument("--only", default="", help="rows whose name holds one of these, separated by commas")
     args = parser.parse_args()
     if args.part == "show":
@@ -310,7 +313,7 @@ def main() -> None:
             print("\n".join(f"{name:32s}{value:.5f}" for name, value in bounds(data).items()))
             return
         case "labels":
-            rows = label_rows(data, args.work, seeds, args.steps)
+            rows = label_rows(data, args.work, seeds, args.steps, args.rate)
         case "probes":
             rows = frozen_rows(data, args.work, seeds)
         case part:
