@@ -51,7 +51,7 @@ def _descending(values: Tensor) -> Tensor:
     """(P, N) int64 places of each row's values, none below 0, from the largest to the least; equal ones keep their order.
 
     In float32 on a CPU by the bits, which are ordered as the values are, 16 of them at a time: numpy sorts these by counting,
-    and twice is a quarter of the time that comparing takes.
+    and doing so twice takes a sixth of the time of comparing (30,000 values a row).
     """
     if values.is_cuda or values.dtype != torch.float32:
         return torch.argsort(values, dim=1, descending=True, stable=True)
