@@ -53,7 +53,7 @@ def _descending(values: Tensor) -> Tensor:
     In float32 on a CPU by the bits, which are ordered as the values are, 16 of them at a time: numpy sorts these by counting,
     and doing so twice takes a sixth of the time of comparing (30,000 values a row).
     """
-    if values.is_cuda or values.dtype != torch.float32:
+    if values.device.type != "cpu" or values.dtype != torch.float32:
         return torch.argsort(values, dim=1, descending=True, stable=True)
     order = np.empty(values.shape, dtype=np.int64)
     for row, bits in zip(order, ~values.contiguous().numpy().view(np.uint32), strict=True):
