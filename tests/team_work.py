@@ -39,6 +39,7 @@ ROWS = {"even": (6, 6), "uneven": (1, 8), "one-sided": (0, 7), "lonely": (1, 0),
 RUNS: dict[str, dict[str, Any]] = {
     "pretraining": {},
     "accumulated": {"accumulate": 2},
+    "visible": {},
     "segmentation": {},
 }
 MORE: dict[str, dict[str, Any]] = {"bf16": {"precision": "bf16"}}
@@ -160,7 +161,7 @@ def train(name: str, data: Path, out: Path, team: Team, *, batch_size: int, resu
         config = shrunk(detection_recipe(recipe, data))
         task, targets = build_detection(config, cpu), None
     else:
-        config = shrunk(pretraining_recipe("town-picture", data))
+        config = shrunk(pretraining_recipe("town-picture-visible" if name == "visible" else "town-picture", data))
         task, targets = build_picture(config, cpu), Octants(config.targets.channels)
     batches = training_batches(config, targets, team.place)
     with in_double(task) if name in DETECTORS else nullcontext():

@@ -15,6 +15,7 @@ from picture3d.datasets.loading import FrameBatches, collate
 from picture3d.datasets.samples import DataConfig, sweep_sample
 from picture3d.errors import ConfigError
 from picture3d.pretrain.picture import Picture, PretrainTask
+from picture3d.pretrain.whitening import FeatureWhitening
 from picture3d.recipes.catalogue import RunConfig
 from picture3d.recipes.configs import DetectionConfig, PretrainConfig, SegmentationConfig, TargetsConfig
 from picture3d.structures.batch import PointBatch
@@ -42,6 +43,7 @@ def build_picture(config: PretrainConfig, device: torch.device, *, epoch_batches
         config.in_features,
         config.encoder,
         teacher_channels=config.teacher_channels,
+        visible_channels=config.visible_channels,
         decoder=config.decoder.kind,
         decoder_blocks=config.decoder.blocks,
         num_predicted_points=config.loss.num_predicted_points,
@@ -49,11 +51,19 @@ def build_picture(config: PretrainConfig, device: torch.device, *, epoch_batches
         self_teacher=config.targets.ema if config.targets.mode == "ema" else None,
         hierarchy=config.hierarchy,
         gate=config.gate,
+        whitening=build_whitening(config),
     )
     sample = None
     if config.gate.enabled and epoch_batches is not None:
         sample = sample_batch(config.data, config.gate.frames).to(device)
     return PretrainTask(network.to(device), config.mask, config.loss, gate_sample=sample, epoch_batches=epoch_batches)
+
+
+def build_whitening(config: PretrainConfig) -> FeatureWhitening | None:
+    """What whitens teacher features, where the losses want them so."""
+    if config.loss.features_scale == "teacher" or not config.loss.teaches_features:
+        return None
+    return FeatureWhitening(config.feature_channels, config.loss.whitening_floor)
 
 
 def build_segmentation(config: SegmentationConfig, device: torch.device) -> SegmentationTask:

@@ -150,8 +150,8 @@ def _pretrained_on(runs: list[Run], source: Path) -> str:
     for run in runs:
         if run.folder.path.resolve() == source.resolve() and isinstance(run.config, PretrainConfig):
             loss = run.config.loss
-            parts = [("points", loss.coordinates_weight), ("teacher features", loss.features_weight)]
-            return "pre-trained on " + " and ".join(name for name, weight in parts if weight > 0)
+            parts = [("points", loss.coordinates_weight > 0), ("teacher features", loss.teaches_features)]
+            return "pre-trained on " + " and ".join(name for name, taught in parts if taught)
     return f"encoder of {source.name}"
 
 
@@ -170,7 +170,7 @@ def _curves(runs: list[Run]) -> list[CurveGroup]:
 
 
 _CURVES = (("Pre-training", PretrainConfig), ("Fine-tuning", SegmentationConfig), ("Fine-tuning of detectors", DetectionConfig))
-_TERMS = ("total", "coordinates", "features", "hidden_share", "cross_entropy", "lovasz", "accuracy")
+_TERMS = ("total", "coordinates", "features", "visible_features", "hidden_share", "cross_entropy", "lovasz", "accuracy")
 _DETECTION_TERMS = ("heatmap", "regression", "iou", "iou_regression", "classification", "box")
 
 

@@ -30,7 +30,7 @@ from picture3d.models.dsvt_config import DsvtConfig, Triple
 from picture3d.models.row_norm import RowBatchNorm, fold_row_norm
 from picture3d.ops.attention import AttentionWeights, PositionRows, pooling_attention, set_attention
 from picture3d.ops.feed_forward import FeedForwardWeights, feed_forward, feed_forward_plain
-from picture3d.ops.scatter import exchange_rows, select_unique_rows
+from picture3d.ops.scatter import exchange_rows, gather_rows, select_unique_rows
 from picture3d.ops.sets import (
     PaddedSets,
     PlacedRuns,
@@ -61,6 +61,12 @@ class DsvtOutput:
     def output(self) -> SparseVoxels:
         """The last stage's voxels."""
         return self.stages[-1]
+
+    @property
+    def joined(self) -> Tensor:
+        """(M, 2 C): the final token of each input voxel's pillar, then the voxel's own feature after the first stage."""
+        pillar = gather_rows(self.output.feats, self.token_of_voxel)
+        return torch.cat([pillar, self.stages[0].feats], dim=1)
 
 
 class Dsvt(nn.Module):

@@ -62,8 +62,7 @@ class VoxelDecoder(nn.Module):
         Returns:
             (M, C) feature of every voxel, or (R, C).
         """
-        pillar = gather_rows(latent.output.feats, latent.token_of_voxel)
-        visible = self.join(torch.cat([pillar, latent.stages[0].feats], dim=1))
+        visible = self.join(latent.joined)
         masked = self.mask_token + self.mask_position(self._position(coords[hidden]))
         tokens = torch.cat([visible, masked.to(visible.dtype)])
         # Visible rows come first in `tokens`; back to the order of `coords`.

@@ -1,6 +1,12 @@
-"""PICTURE's two reconstruction losses, on hidden voxels only: where their points lie, and what the teacher says of them."""
+"""PICTURE's two reconstruction losses on hidden voxels: where their points lie, and what the teacher says of them.
+
+Two things are not in the paper and off unless asked for: the second loss on visible voxels (`visible_features_weight`), and
+features in which every direction counts (`features_scale`).
+"""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +27,32 @@ class LossConfig(FrozenConfig):
     """What the decoder has to reconstruct, and how much each part counts. A weight of 0 leaves that part out."""
 
     coordinates_weight: float = Field(default=1.0, ge=0, description="weight of the Chamfer loss on points")
-    features_weight: float = Field(default=3.0, ge=0, description="weight of the Smooth-L1 loss on teacher features")
+    features_weight: float = Field(
+        default=3.0, ge=0, description="weight of the Smooth-L1 loss on teacher features of hidden voxels"
+    )
+    visible_features_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the same loss on visible voxels, told from the encoder's own output; not in the paper",
+    )
+    features_scale: Literal["teacher", "whitened"] = Field(
+        default="teacher",
+        description="teacher: features are predicted as they are, as published; whitened: each direction in which they vary "
+        "counts alike, so that what is rare is learnt too",
+    )
+    whitening_floor: float = Field(
+        default=0.06,
+        gt=0,
+        description="whitened: added to the standard deviation of each direction, as a share of that of all together; larger "
+        "values take less noise up",
+    )
     num_predicted_points: int = Field(default=16, ge=1, description="points predicted per hidden voxel")
     num_target_points: int = Field(default=64, ge=1, description="true points per hidden voxel they are compared with")
+
+    @property
+    def teaches_features(self) -> bool:
+        """Whether any loss looks at a teacher's features."""
+        return self.features_weight > 0 or self.visible_features_weight > 0
 
 
 def voxel_centers_m(coords: Tensor, grid: VoxelGrid) -> Tensor:

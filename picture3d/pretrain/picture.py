@@ -18,7 +18,6 @@ from picture3d.models.dsvt import Dsvt, DsvtConfig, DsvtOutput
 from picture3d.models.layer_trace import LayerTrace, num_layers, trace_layers
 from picture3d.models.mae_decoder import LightDecoder, VoxelDecoder
 from picture3d.models.voxel_encoder import EncodedVoxels
-from picture3d.ops.scatter import gather_rows
 from picture3d.pretrain.ema import EmaConfig, SelfTeacher
 from picture3d.pretrain.gate import Gate, GateConfig
 from picture3d.pretrain.hierarchy import Hierarchy, HierarchyConfig, LayerReader, Neighbourhoods, neighbourhoods
@@ -27,6 +26,7 @@ from picture3d.pretrain.mask_lab import voxel_places
 from picture3d.pretrain.masking import MaskConfig, choose_hidden
 from picture3d.pretrain.predictors import Predictors
 from picture3d.pretrain.targets import VoxelTargets, voxel_targets
+from picture3d.pretrain.whitening import FeatureWhitening
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.voxels import SparseVoxels, VoxelGrid
 
@@ -40,8 +40,9 @@ class PretrainStep:
     targets: VoxelTargets  # M rows
     predicted_points_m: Tensor | None  # (V, P, 3) relative to the voxel centre; None where their loss has weight 0
     target_points_m: Tensor | None  # (V, T, 3) relative to the voxel centre
-    predicted_features: Tensor | None  # (V, D); None where their loss has weight 0
-    losses: dict[str, Tensor]  # scalars: "total" and, not yet weighted, "coordinates" and "features" (of layers: "_0"...)
+    predicted_features: Tensor | None  # (V, D), whitened if the network has that; None where their loss has weight 0
+    # Scalars: "total" and, not yet weighted, "coordinates", "features" (of layers: "_0"...) and "visible_features".
+    losses: dict[str, Tensor]
 
 
 def pretrain_step(
@@ -64,6 +65,8 @@ def pretrain_step(
     own = None if model.self_teacher is None else model.self_teacher(batch)  # a self-teacher sees the whole sweep now
     targets = voxel_targets(batch, embedded.assignment, mask, generator, own)  # what the teacher says of each voxel
     places, sample = voxel_places(coords, model.grid), coords[:, 0].long()
+    if model.whitening is not None and model.training and targets.features is not None:
+        model.whitening.see(targets.features, targets.has_features)
     hidden = choose_hidden(targets.features, targets.superclass, sample, batch.batch_size, mask, generator, places)
     latent, layers = model.encode_traced(embedded.voxels.select(~hidden))  # the encoder never sees a hidden voxel
     tokens = model.decode(latent, coords, hidden)  # (V, C): hidden voxels, from visible tokens and mask tokens
@@ -77,11 +80,21 @@ def pretrain_step(
         losses["coordinates"] = coordinates_loss(points, true_points)
     if loss.features_weight > 0:
         features = model.dense_head.teacher_features(tokens)
-        wanted = _wanted_features(targets, features)
+        wanted = model.scaled(_wanted_features(targets, features))
         losses["features"] = features_loss(features, wanted[rows], targets.has_features[rows])
-    weights = {"coordinates": loss.coordinates_weight, "features": loss.features_weight}
+    if loss.visible_features_weight > 0:  # not in the paper: no decoder stands between this loss and the encoder
+        seen = model.features_of_visible(latent)
+        losses["visible_features"] = features_loss(
+            seen, _wanted_features(targets, seen)[~hidden], targets.has_features[~hidden]
+        )
+    weights = {
+        "coordinates": loss.coordinates_weight,
+        "features": loss.features_weight,
+        "visible_features": loss.visible_features_weight,
+    }
     if model.gate is not None:
         weights["features"] *= float(model.gate.weight)
+        weights["visible_features"] *= float(model.gate.weight)
     if model.hierarchy is None or layers is None:
         terms = [weights[name] * value for name, value in losses.items()]
     else:
@@ -123,7 +136,7 @@ def layer_losses(
         chosen: (W,) int64, which of the hidden voxels.
         rows: (V,) int64, which of all voxels are hidden.
         true_points_m: (V, T, 3) of the hidden voxels; None if points are not wanted.
-        wanted: (M, D) the teacher's features of all voxels; None if they are not wanted.
+        wanted: (M, D) what is to be told of the teacher's features of all voxels; None if they are not wanted.
         targets: which voxels have them.
     """
     tokens = cast(LayerReader, hierarchy.readers[layer])(layers.at_voxels(layer), around)
@@ -147,7 +160,8 @@ class Picture(nn.Module):
         grid: range and voxel size.
         in_features: point features used beside x, y, z.
         backbone: the encoder; its width is the width of everything.
-        teacher_channels: D, length of the teacher's features; None for a network without that predictor.
+        teacher_channels: D, length of the teacher's features; None for a network that does not predict those of hidden voxels.
+        visible_channels: the same for visible voxels, read from the encoder's output by one linear layer.
         decoder: voxel: one token per voxel; light: the published one, one token per pillar.
         decoder_blocks: blocks of the voxel decoder.
         num_predicted_points: P, points predicted per hidden voxel.
@@ -155,6 +169,7 @@ class Picture(nn.Module):
         self_teacher: keep a slowly following copy of the encoder, whose features are the targets instead of the batch's.
         hierarchy: GPICTURE: every layer of the encoder reconstructs.
         gate: GPICTURE: features count when the shallow layers have settled.
+        whitening: predict features whitened; see `pretrain.whitening`.
 
     Raises:
         ConfigError: if grid, windows and strides do not fit each other.
@@ -167,6 +182,7 @@ class Picture(nn.Module):
         backbone: DsvtConfig,
         *,
         teacher_channels: int | None = 64,
+        visible_channels: int | None = None,
         decoder: Literal["voxel", "light"] = "voxel",
         decoder_blocks: int = 2,
         num_predicted_points: int = 16,
@@ -174,6 +190,7 @@ class Picture(nn.Module):
         self_teacher: EmaConfig | None = None,
         hierarchy: HierarchyConfig | None = None,
         gate: GateConfig | None = None,
+        whitening: FeatureWhitening | None = None,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -204,6 +221,8 @@ class Picture(nn.Module):
             else None
         )
         self.gate = Gate(gate, layers, width) if gate is not None and gate.enabled else None
+        self.whitening = whitening
+        self.visible_head = None if visible_channels is None else nn.Linear(2 * width, visible_channels)
 
     def embed(self, batch: PointBatch) -> EncodedVoxels:
         """Points to voxel features, hidden and visible ones alike."""
@@ -232,16 +251,34 @@ class Picture(nn.Module):
             (M, 2 C) features at all occupied voxels.
         """
         voxels = self.embed(batch).voxels
-        latent = self.encode(voxels)
-        pillar = gather_rows(latent.output.feats, latent.token_of_voxel)
-        return voxels.with_feats(torch.cat([pillar, latent.stages[0].feats], dim=1))
+        return voxels.with_feats(self.encode(voxels).joined)
+
+    def scaled(self, features: Tensor) -> Tensor:
+        """(V, D) teacher features as the predictors are to tell them."""
+        return features if self.whitening is None else self.whitening(features)
+
+    def features_of_visible(self, latent: DsvtOutput) -> Tensor:
+        """(U, D) what the encoder itself tells of the teacher's features of the U voxels it saw; computed in float32.
+
+        Raises:
+            ConfigError: if the network was built without this predictor.
+        """
+        if self.visible_head is None:
+            raise ConfigError(
+                "loss.visible_features_weight is above 0, but the network has no predictor for visible voxels: set it to 0, or "
+                "set visible_channels to the length of the teacher's features"
+            )
+        joined = latent.joined
+        with torch.autocast(joined.device.type, enabled=False):
+            return self.visible_head(joined.float())
 
 
 def _wanted_features(targets: VoxelTargets, predicted: Tensor) -> Tensor:
     if targets.features is None:
         raise ConfigError(
-            "loss.features_weight is above 0 and the batch has no teacher features. Run `picture3d targets` first and name the "
-            "store in the data settings, or set loss.features_weight=0 to reconstruct points alone."
+            "a loss on teacher features has a weight above 0 and the batch has none. Run `picture3d targets` first and name "
+            "the store in the data settings, or set loss.features_weight=0 and loss.visible_features_weight=0 to reconstruct "
+            "points alone."
         )
     if targets.features.shape[1] != predicted.shape[1]:
         raise ConfigError(
@@ -282,7 +319,8 @@ class PretrainTask:
     def loss(self, batch: PointBatch, generator: torch.Generator) -> dict[str, Tensor]:
         """Scalars by name; "total" is minimised.
 
-        "coordinates" (square metres) and "features" are not weighted and are there if their weight is above 0;
+        "coordinates" (square metres), "features" and "visible_features" are not weighted and are there if their weight is
+        above 0;
         "hidden_share" is the share of all voxels that was really hidden; "hidden_voxels" and "voxels_without_target" are counts
         over the batch. With a self-teacher, which follows the encoder here, also what its `watch` measures; with a gate, the
         CKA of its last look and the weight it gives the features ("gate_agreement", "gate_beta").

@@ -101,16 +101,24 @@ class PretrainConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.targets.mode == "none" and self.loss.features_weight > 0:
-            raise ValueError("targets.mode=none leaves nothing for loss.features_weight > 0; set it to 0")
+        for name in ("features_weight", "visible_features_weight"):
+            if self.targets.mode == "none" and getattr(self.loss, name) > 0:
+                raise ValueError(f"targets.mode=none leaves nothing for loss.{name} > 0; set it to 0")
         if self.targets.mode == "none" and self.mask.kind == "i2mask":
             raise ValueError("i2mask needs a teacher; with targets.mode=none set mask.kind=random")
         if self.targets.mode == "ema" and self.mask.kind == "i2mask" and self.mask.superclasses != "kmeans":
             raise ValueError("targets.mode=ema has no stored superclasses; set mask.superclasses=kmeans")
-        if self.loss.features_weight == 0 and self.loss.coordinates_weight == 0:
-            raise ValueError("both loss weights are 0: there is nothing to learn")
-        if self.gate.enabled and (self.loss.features_weight == 0 or self.loss.coordinates_weight == 0):
-            raise ValueError("gate.enabled holds the features back until points are learnt: both loss weights must be above 0")
+        if self.targets.mode == "ema" and self.loss.features_scale == "whitened":
+            raise ValueError(
+                "loss.features_scale=whitened adds up what the teacher says over all steps, and a self-teacher changes "
+                "while it learns; set loss.features_scale=teacher"
+            )
+        if not self.loss.teaches_features and self.loss.coordinates_weight == 0:
+            raise ValueError("all loss weights are 0: there is nothing to learn")
+        if self.gate.enabled and (not self.loss.teaches_features or self.loss.coordinates_weight == 0):
+            raise ValueError(
+                "gate.enabled holds the features back until points are learnt: the weights of both must be above 0"
+            )
         if self.hierarchy.enabled and self.hierarchy.alpha and len(self.hierarchy.alpha) != num_layers(self.encoder):
             raise ValueError(
                 f"hierarchy.alpha has {len(self.hierarchy.alpha)} values, the encoder {num_layers(self.encoder)} layers "
@@ -121,9 +129,17 @@ class PretrainConfig(FrozenConfig):
 
     @property
     def teacher_channels(self) -> int | None:
-        """Length of the teacher features that are predicted; None where none are."""
-        if self.loss.features_weight == 0:
-            return None
+        """Length of the teacher features that are predicted of hidden voxels; None where none are."""
+        return self.feature_channels if self.loss.features_weight > 0 else None
+
+    @property
+    def visible_channels(self) -> int | None:
+        """The same of visible voxels."""
+        return self.feature_channels if self.loss.visible_features_weight > 0 else None
+
+    @property
+    def feature_channels(self) -> int:
+        """D, length of the teacher's features."""
         return 2 * self.encoder.channels if self.targets.mode == "ema" else self.targets.channels
 
     @property

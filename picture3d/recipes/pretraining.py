@@ -77,6 +77,14 @@ def town_coordinates(data: Path) -> PretrainConfig:
     return base.model_copy(update={"recipe": "town-coordinates", "loss": base.loss.model_copy(update={"features_weight": 0.0})})
 
 
+def town_picture_visible(data: Path) -> PretrainConfig:
+    """The same masks and budget as `town_picture`, but features are whitened, and asked of visible voxels too: ours."""
+    base = town_picture(data)
+    # Whitened, a feature's loss is some twenty times what it was; each of the two then counts twice what it did.
+    loss = {"features_weight": 10.0, "visible_features_weight": 10.0, "features_scale": "whitened"}
+    return base.model_copy(update={"recipe": "town-picture-visible", "loss": base.loss.model_copy(update=loss)})
+
+
 def town_handcrafted(data: Path) -> PretrainConfig:
     """The same masks and budget as `town_picture`, with measured features (height, shape, density, echo) as targets."""
     base = town_picture(data)

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from picture3d.errors import CheckpointError
 from picture3d.models.cylinder_encoder import point_encoder
-from picture3d.models.dsvt import Dsvt, DsvtConfig
-from picture3d.ops.scatter import gather_rows
+from picture3d.models.dsvt import Dsvt, DsvtConfig, DsvtOutput
 from picture3d.ops.voxelize import VoxelAssignment
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.cylinder import CylinderGrid
@@ -72,10 +70,8 @@ class JoinedEncoder(TaskEncoder):
     def joined_features(self, batch: PointBatch) -> JoinedFeatures:
         """Encodes a batch; 0 points, or none inside the grid, give 0 voxels."""
         encoded = self.vfe(batch)
-        output = self.backbone_3d(encoded.voxels)
-        pillar = gather_rows(output.output.feats, output.token_of_voxel)
-        feats = torch.cat([pillar, output.stages[0].feats], dim=1)
-        return JoinedFeatures(feats, encoded.assignment, encoded.point_features)
+        output: DsvtOutput = self.backbone_3d(encoded.voxels)
+        return JoinedFeatures(output.joined, encoded.assignment, encoded.point_features)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,13 +34,14 @@ _METRICS = {
     "total": "total loss",
     "coordinates": "hidden points (Chamfer, m²)",
     "features": "teacher's features (Smooth-L1)",
+    "visible_features": "teacher's features of visible voxels (Smooth-L1)",
     "hidden_share": "share of voxels hidden",
     "cross_entropy": "cross entropy",
     "lovasz": "Lovász loss",
     "accuracy": "share of points right",
     "lr": "learning rate",
 }
-_LOSSES = {"total", "coordinates", "features", "cross_entropy"}
+_LOSSES = {"total", "coordinates", "features", "visible_features", "cross_entropy"}
 
 
 def render_report(data: ReportData, path: Path) -> Path:

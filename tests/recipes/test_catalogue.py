@@ -227,6 +227,29 @@ def test_a_run_without_a_teacher_needs_random_masks():
     assert base.with_overrides([*changes, "mask.kind=random"]).targets.mode == "none"
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (("loss.features_weight=0", "loss.coordinates_weight=0"), "all loss weights are 0"),
+        (
+            ("targets.mode=none", "loss.features_weight=0", "loss.visible_features_weight=1"),
+            r"loss\.visible_features_weight > 0",
+        ),
+        (("targets.mode=ema", "mask.superclasses=kmeans", "loss.features_scale=whitened"), r"set loss\.features_scale=teacher"),
+    ],
+)
+def test_losses_that_cannot_be_are_refused_in_words(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        pretraining_recipe("town-picture", Path("p")).with_overrides([*changes])
+
+
+def test_visible_voxels_alone_may_be_what_is_learnt():
+    changes = ["loss.features_weight=0", "loss.coordinates_weight=0", "loss.visible_features_weight=1"]
+    config = pretraining_recipe("town-picture", Path("p")).with_overrides(changes)
+    assert (config.teacher_channels, config.visible_channels) == (None, 64)
+    assert build_picture(config, torch.device("cpu")).module.dense_head.decoder_seal is None
+
+
 def test_a_segmentation_config_is_not_read_as_a_pretraining(tmp_path):
     segmentation_recipe("town-segmentation", Path("p")).save(tmp_path / "config.json")
     with pytest.raises(ConfigError, match="kind: "):
