@@ -1,7 +1,6 @@
 """What pre-training is worth on the synthetic town, in runs of a minute or two: labels, masks, targets, encoders.
 
     python benchmarks/evidence.py labels|masks|targets|probes --work FOLDER [--budget SECONDS] [--seeds 0,1,2] [--only TEXT]
-                                                              [--steps 6000] [--rate 3e-3]
     python benchmarks/evidence.py bounds --work FOLDER
     python benchmarks/evidence.py show
 
@@ -9,9 +8,11 @@ Everything goes through the commands a user types. A finished row is a JSON file
 it is; what is there is not done again, so the tables grow over days and machines. Data, run folders and checkpoints lie in
 FOLDER and may be thrown away. No new row is begun after `--budget` seconds.
 
-    labels   mIoU of fine-tuning from scratch, coordinates, features, PICTURE, GPICTURE at 1/16, 1/4 and all labels; probes
+    labels   mIoU of fine-tuning from scratch, coordinates, features, PICTURE, GPICTURE, PICTURE with visible voxels told, at
+             1/16, 1/4 and all labels; probes
     masks    probes of PICTURE with random, block and I2Mask masks (literal, default) at 20, 40, 60, 75 % hidden
-    targets  probes of PICTURE with the town teacher at loss weights 1:0, 1:1, 1:3, 0:1, hand-crafted features, self-teacher
+    targets  probes of PICTURE with the town teacher at loss weights 1:0, 1:1, 1:3, 0:1, hand-crafted features, self-teacher;
+             and with features whitened, told of visible voxels, both
     probes   probes of the teacher and of an encoder that was never trained
     bounds   the loss on hidden features of predictions that know the mean, the height, or the nearest visible voxels
 
@@ -42,7 +43,7 @@ from picture3d.commands.prepare import prepare_nuscenes
 from picture3d.commands.probe import probe
 from picture3d.commands.train import run_pretraining
 from picture3d.evaluation.label_efficiency import label_efficiency, markdown_table
-from picture3d.files import write_json
+from picture3d.files import read_json_object, write_json
 from picture3d.ops.scatter import segment_mean
 from picture3d.ops.voxelize import assign_voxels
 from picture3d.pretrain.targets import voxel_targets
@@ -66,10 +67,12 @@ NETWORK = (
     "training.batch_size=1",
     "training.checkpoint_every=500",
 )
-FINETUNE = (*NETWORK, "task.head_channels=32", "training.max_steps=700", "training.optim.peak_lr=1e-2")
+PRETRAIN = (*NETWORK, "training.max_steps=1500", "training.optim.peak_lr=3e-3")
+FINETUNE = (*NETWORK, "task.head_channels=32", "training.max_steps=1000", "training.optim.peak_lr=5e-3")
 # Parts that only choose by the probe take half the steps.
 PROBED = (*NETWORK, "training.max_steps=750", "training.optim.peak_lr=3e-3")
-METHODS = (SCRATCH, "town-coordinates", "town-features", "town-picture", "town-gpicture")
+METHODS = (SCRATCH, "town-coordinates", "town-features", "town-picture", "town-gpicture", "town-picture-visible")
+LABELS = "labels"  # the folder of the main table; others, of earlier settings, begin with the same word
 SHARES = (0.0625, 0.25, 1.0)
 PROBE_SHARE = 0.25
 ENCODERS = 3  # pre-trained per method; further seeds draw other labels for the same ones
@@ -87,7 +90,18 @@ _TARGETS = {
     "town 1:1": ("town-picture", (f"loss.features_weight={_THIRD}",)),
     "town 1:3": ("town-picture", ()),
     "town 0:1": ("town-picture", ("loss.coordinates_weight=0",)),
+    "town whitened": ("town-picture", ("loss.features_scale=whitened", "loss.features_weight=10")),
+    "town visible": ("town-picture", ("loss.visible_features_weight=20",)),
+    "town whitened visible": ("town-picture-visible", ()),
+    "town nothing hidden": (
+        "town-picture-visible",
+        ("loss.features_weight=0", "loss.coordinates_weight=0", "mask.kind=random", "mask.target_ratio=0"),
+    ),
     "handcrafted": ("town-handcrafted", ()),
+    "handcrafted whitened visible": (
+        "town-handcrafted",
+        ("loss.features_scale=whitened", "loss.features_weight=10", "loss.visible_features_weight=10"),
+    ),
     "ema": ("town-ema", ("targets.ema.ramp_steps=750",)),
 }
 
@@ -140,18 +154,14 @@ def measured(row: dict[str, Any]) -> Iterator[None]:
     }
 
 
-def label_rows(
-    data: Path, work: Path, seeds: tuple[int, ...], steps: int, rate: float
-) -> Iterator[tuple[str, Callable[[], object]]]:
+def label_rows(data: Path, work: Path, seeds: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
     """Missing cells of the label-efficiency experiment, each with what makes it; the fewest labels first, seed by seed."""
-    name = f"labels_{steps}_{rate:g}"
-    kept, folder = ROWS / name, work / name
+    kept, folder = ROWS / LABELS, work / LABELS
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     for path in [*kept.glob("cells/*.json"), *kept.glob("experiment.json")]:
         shutil.copy(path, folder / path.relative_to(kept))
     common: dict[str, Any] = {"data": data, "finetune_set": FINETUNE, "probe_share": PROBE_SHARE}
-    common["encoders"] = ENCODERS
-    common["pretrain_set"] = (*NETWORK, f"training.max_steps={steps}", f"training.optim.peak_lr={rate}")
+    common |= {"encoders": ENCODERS, "pretrain_set": PRETRAIN}
 
     def do(plan: Plan) -> None:
         label_efficiency_experiment(plan, folder, device="cpu", threads=1, as_json=True)
@@ -160,7 +170,7 @@ def label_rows(
             shutil.copy(path, kept / path.relative_to(folder))
 
     for share, seed in itertools.product(SHARES, seeds):
-        for method in (SCRATCH, "town-picture", *METHODS[1:3], "town-gpicture"):  # what is asked first comes first
+        for method in METHODS:
             if (kept / "cells" / f"{method}_{share:g}_{seed}.json").is_file():
                 continue
             plan = Plan(methods=(method,), shares=(share,), seeds=(seed,), **common)
@@ -169,7 +179,7 @@ def label_rows(
             if method != SCRATCH and not (run / "model.safetensors").is_file():
                 # By itself: it is the longest piece of work, and the cell then finds it done.
                 config = plan.pretraining(method, first)
-                path = ROWS / "costs" / f"{method}_{steps}_{rate:g}_{first}.json"
+                path = ROWS / "costs" / f"{method}_{first}.json"
                 yield f"pretrain {method} {first}", lambda c=config, r=run, m=method, p=path: pretrain_cost(c, r, m, p)
             yield f"{method} {share:g} {seed}", lambda p=plan: do(p)
 
@@ -277,9 +287,10 @@ def bounds(data: Path, frames: int = 6) -> dict[str, float]:
 
 def show() -> None:
     """All rows as tables."""
-    for folder in sorted(ROWS.glob("labels_*")):
+    for folder in sorted(ROWS.glob(f"{LABELS}*")):
         methods, cells = read_cells(folder, METHODS)
-        print("\n{1} steps of pre-training, peak rate {2}".format(*folder.name.split("_")))
+        common = read_json_object(folder / "experiment.json", max_bytes=1 << 20)
+        print(f"\n{folder.name}: pre-training {common['pretrain_set'][-2:]}, fine-tuning {common['finetune_set'][-2:]}")
         print(markdown_table(label_efficiency([cell for cell, _ in cells], methods), measure="mIoU"))
     for part in ("probes", "masks", "targets"):
         rows = [json.loads(path.read_text()) for path in sorted((ROWS / part).glob("*.json"))]
@@ -298,8 +309,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--budget", type=float, default=1e9)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=6000, help="of pre-training, for the labels part; 1500 is a quarter of it")
-    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate of pre-training, for the labels part")
     parser.add_argument("--only", default="", help="rows whose name holds one of these, separated by commas")
     args = parser.parse_args()
     if args.part == "show":
@@ -313,7 +322,7 @@ def main() -> None:
             print("\n".join(f"{name:32s}{value:.5f}" for name, value in bounds(data).items()))
             return
         case "labels":
-            rows = label_rows(data, args.work, seeds, args.steps, args.rate)
+            rows = label_rows(data, args.work, seeds)
         case "probes":
             rows = frozen_rows(data, args.work, seeds)
         case part:

@@ -31,7 +31,7 @@ from picture3d.formats.feather import read_feather
 from picture3d.structures.poses import Pose
 from picture3d.training.runlog import describe_environment
 
-ROWS = ("scratch", "coordinates", "picture")
+ROWS = ("scratch", "coordinates", "picture", "picture-visible")
 
 
 def lay_out(source: Path, work: Path) -> None:
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--labelled", type=int, default=5, help="of keyframes 0-4, evenly spread")
     parser.add_argument(
-        "--small", action="store_true", help="the small network of benchmarks/evidence.py, a higher learning rate"
+        "--small", action="store_true", help="the small network of benchmarks/evidence.py and its learning rates"
     )
     parser.add_argument("--others", type=Path, help="folder of sample data whose other sweeps are pre-trained on too")
     parser.add_argument("--rows", type=Path, help="keep finished rows here")
@@ -123,8 +123,11 @@ def main() -> None:
         print(picture3d("prepare", "points", work / "others", also, "--layout", "x,y,z,intensity", "--intensity", "0-1"))
         print(picture3d("targets", also))
         mixed = ("--set", "data.also=" + json.dumps([{"root": str(also), "weight": 1}]))
-    small = [word for setting in (*NETWORK, "training.optim.peak_lr=1e-2") for word in ("--set", setting)] if args.small else []
-    head = ("--set", "task.head_channels=32") if args.small else ()
+    first, then = (), ()
+    if args.small:
+        first = [word for setting in (*NETWORK, "training.optim.peak_lr=3e-3") for word in ("--set", setting)]
+        tuned = (*NETWORK, "training.optim.peak_lr=5e-3", "task.head_channels=32")
+        then = [word for setting in tuned for word in ("--set", setting)]
     kept: Path = args.rows or work / "rows"
     kept.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -134,10 +137,10 @@ def main() -> None:
             if path.is_file() or time.monotonic() - start > args.budget:
                 continue
             begin = time.time()
-            run, tuned = work / f"runs/{name}-{seed}", work / f"runs/segment-{name}-{args.labelled}-{seed}"
+            run, segment = work / f"runs/{name}-{seed}", work / f"runs/segment-{name}-{args.labelled}-{seed}"
             if name != "scratch":
                 steps, chosen = ("--max-steps", args.pretrain_steps), ("--recipe", f"town-{name}")
-                seeded = ("--set", f"training.seed={seed}", "--resume", *small, *mixed)
+                seeded = ("--set", f"training.seed={seed}", "--resume", *first, *mixed)
                 print(picture3d("pretrain", *chosen, "--data", prepared, "--out", run, *steps, *seeded))
             encoder = () if name == "scratch" else ("--encoder", run)
             settings = (
@@ -146,12 +149,11 @@ def main() -> None:
                 "--set",
                 f"data.max_frames={args.labelled}",
                 "--resume",
-                *small,
-                *head,
+                *then,
             )
             length = ("--set", f"training.max_steps={args.finetune_steps}")
-            print(picture3d("finetune", "segmentation", "--data", prepared, "--out", tuned, *encoder, *settings, *length))
-            scores = json.loads(picture3d("evaluate", tuned, "--json"))
+            print(picture3d("finetune", "segmentation", "--data", prepared, "--out", segment, *encoder, *settings, *length))
+            scores = json.loads(picture3d("evaluate", segment, "--json"))
             row = {"method": name, "labelled": args.labelled, "seed": seed, "miou": scores["miou"], "iou": scores["iou"]}
             row |= {"pretrain_steps": args.pretrain_steps, "finetune_steps": args.finetune_steps, "small": args.small}
             row["others"] = args.others is not None

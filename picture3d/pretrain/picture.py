@@ -83,10 +83,9 @@ def pretrain_step(
         wanted = model.scaled(_wanted_features(targets, features))
         losses["features"] = features_loss(features, wanted[rows], targets.has_features[rows])
     if loss.visible_features_weight > 0:  # not in the paper: no decoder stands between this loss and the encoder
-        seen = model.features_of_visible(latent)
-        losses["visible_features"] = features_loss(
-            seen, _wanted_features(targets, seen)[~hidden], targets.has_features[~hidden]
-        )
+        seen, visible = model.features_of_visible(latent), ~hidden
+        wanted_seen = model.scaled(_wanted_features(targets, seen)[visible])
+        losses["visible_features"] = features_loss(seen, wanted_seen, targets.has_features[visible])
     weights = {
         "coordinates": loss.coordinates_weight,
         "features": loss.features_weight,

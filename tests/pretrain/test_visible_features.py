@@ -90,6 +90,8 @@ def replace_weights(*, features: float) -> LossConfig:
 
 def test_whitened_features_are_those_of_what_was_seen_so_far():
     model, batch = visible_picture(whitening=FeatureWhitening(12, 0.06)), random_batch()
+    seen: list[DsvtOutput] = []
+    model.backbone_3d.register_forward_hook(lambda module, given, answer: seen.append(answer))
     step = pretrain_step(model, batch, MaskConfig(), VISIBLE, generator())
     assert step.predicted_features is not None
     assert step.targets.features is not None
@@ -97,6 +99,8 @@ def test_whitened_features_are_those_of_what_was_seen_so_far():
     twin.see(step.targets.features, step.targets.has_features)
     expected = F.smooth_l1_loss(step.predicted_features, twin(step.targets.features[step.hidden]))
     torch.testing.assert_close(step.losses["features"], expected, rtol=1e-4, atol=1e-5)
+    expected = F.smooth_l1_loss(model.features_of_visible(seen[0]), twin(step.targets.features[~step.hidden]))
+    torch.testing.assert_close(step.losses["visible_features"], expected, rtol=1e-4, atol=1e-5)
     plain = pretrain_step(visible_picture(), batch, MaskConfig(), VISIBLE, generator())
     assert step.losses["features"] > 2 * plain.losses["features"]
     torch.testing.assert_close(step.losses["coordinates"], plain.losses["coordinates"])
