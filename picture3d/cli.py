@@ -518,6 +518,41 @@ def finetune_detection(
     )
 
 
+@finetune_app.command("occupancy")
+def finetune_occupancy(
+    out: RunFolderOption,
+    data: DataOption = None,
+    recipe: FinetuneRecipe = "town-occupancy",
+    encoder: Encoder = None,
+    label_share: LabelShare = None,
+    allow_partial: AllowPartial = False,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    resume: Resume = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Train semantic occupancy on keyframes with occupancy labels."""
+    from picture3d.commands.train import finetune as command
+
+    _show(
+        command(
+            out,
+            task="occupancy",
+            data=data,
+            recipe=recipe,
+            encoder=encoder,
+            label_share=label_share,
+            allow_partial=allow_partial,
+            config=config,
+            overrides=set_ or [],
+            resume=resume,
+            device=device,
+            threads=threads,
+        )
+    )
+
+
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder of a fine-tuning.")],
@@ -527,7 +562,7 @@ def evaluate(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Score a fine-tuned network: IoU per class and mIoU, or the official detection metric."""
+    """Score a fine-tuned network: IoU per class and mIoU, of points or of space, or the official detection metric."""
     from picture3d.commands.score import evaluate as command
 
     _show(command(run, data=data, split=split, as_json=as_json, device=device, threads=threads))
@@ -580,10 +615,12 @@ def score_occupancy(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="Run folder of a fine-tuning.")],
-    out: Annotated[Path, typer.Option("--out", help="File to write; a folder for lidarseg and for several pictures.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write; a folder for lidarseg, occupancy and several pictures.")],
     format_: Annotated[
         str | None,
-        typer.Option("--format", help="json, nuscenes, waymo, lidarseg, picture; left out: by the suffix .json .bin .png."),
+        typer.Option(
+            "--format", help="json, nuscenes, waymo, lidarseg, occupancy, picture; left out: by the suffix .json .bin .png."
+        ),
     ] = None,
     data: DataOption = None,
     split: Annotated[str, typer.Option(help="Which split to predict.")] = "val",
@@ -595,7 +632,7 @@ def predict(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Write what a fine-tuned network finds: boxes or classes of points."""
+    """Write what a fine-tuned network finds: boxes, classes of points, or occupied cells."""
     from picture3d.commands.predict import predict as command
 
     _show(

@@ -12,7 +12,8 @@ from picture3d.cli import app, main
 HEAVY = ("torch", "numpy", "pydantic", "PIL", "safetensors", "picture3d.config", "picture3d.structures")
 COMMANDS = [
     ["synth"], ["prepare"], ["prepare", "nuscenes"], ["prepare", "points"], ["targets"], ["pretrain"], ["finetune"],
-    ["finetune", "segmentation"], ["finetune", "detection"], ["evaluate"], ["probe"], ["compare"], ["report"], ["recipes"],
+    ["finetune", "segmentation"], ["finetune", "detection"], ["finetune", "occupancy"],
+    ["evaluate"], ["probe"], ["compare"], ["report"], ["recipes"],
     ["tensorboard"], ["demo"],
     ["check"], ["data"], ["data", "info"], ["data", "objects"], ["data", "projection"], ["data", "intensity"], ["doctor"],
     ["prepare", "semantickitti"], ["prepare", "waymo"],

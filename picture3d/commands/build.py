@@ -16,8 +16,8 @@ from picture3d.datasets.samples import DataConfig, sweep_sample
 from picture3d.errors import ConfigError
 from picture3d.pretrain.picture import Picture, PretrainTask
 from picture3d.pretrain.whitening import FeatureWhitening
-from picture3d.recipes.catalogue import RunConfig
-from picture3d.recipes.configs import DetectionConfig, PretrainConfig, SegmentationConfig, TargetsConfig
+from picture3d.recipes.catalogue import RunConfig, TaskConfig
+from picture3d.recipes.configs import DetectionConfig, OccupancyConfig, PretrainConfig, SegmentationConfig, TargetsConfig
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.frame import Frame
 from picture3d.structures.points import PointCloud
@@ -25,6 +25,7 @@ from picture3d.structures.poses import Pose
 from picture3d.structures.targets import FeatureSource
 from picture3d.tasks.detection import DetectionNet, DetectionTask
 from picture3d.tasks.encoder import JoinedEncoder, load_encoder
+from picture3d.tasks.occupancy import OccupancyNet, OccupancyTask
 from picture3d.tasks.segmentation import SegmentationNet, SegmentationTask
 from picture3d.teachers.minkunet import fingerprint
 from picture3d.teachers.protocol import Teacher
@@ -84,15 +85,31 @@ def build_detection(config: DetectionConfig, device: torch.device) -> DetectionT
     return DetectionTask(network.to(device), config.task)
 
 
+def build_occupancy(config: OccupancyConfig, device: torch.device) -> OccupancyTask:
+    """The occupancy network, its first weights drawn from the training seed."""
+    torch.manual_seed(config.training.seed)
+    network = OccupancyNet(
+        config.grid.grid, config.in_features, config.encoder, pillars=config.grid.pillars, config=config.task
+    )
+    return OccupancyTask(network.to(device), config.task)
+
+
+def build_task(config: TaskConfig, device: torch.device) -> SegmentationTask | DetectionTask | OccupancyTask:
+    """The network of a fine-tuning of any kind, as the training loop sees it."""
+    match config:
+        case SegmentationConfig():
+            return build_segmentation(config, device)
+        case DetectionConfig():
+            return build_detection(config, device)
+        case OccupancyConfig():
+            return build_occupancy(config, device)
+
+
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:
     """The network of a run of any kind."""
-    match config:
-        case PretrainConfig():
-            return build_picture(config, device).module
-        case SegmentationConfig():
-            return build_segmentation(config, device).module
-        case DetectionConfig():
-            return build_detection(config, device).module
+    if isinstance(config, PretrainConfig):
+        return build_picture(config, device).module
+    return build_task(config, device).module
 
 
 def training_batches(
@@ -114,13 +131,23 @@ def training_batches(
 
 
 def scoring_batches(
-    data: DataConfig, *, root: Path | None, split: str | None, labels: bool = True, targets: FeatureSource | None = None
+    data: DataConfig,
+    *,
+    root: Path | None,
+    split: str | None,
+    labels: bool = True,
+    targets: FeatureSource | None = None,
+    occupancy: bool | None = None,
 ) -> FrameBatches:
-    """Every frame of a split once, alone, in order, as it is: no augmentation, every label (or none), nothing left out."""
+    """Every frame of a split once, alone, in order, as it is: no augmentation, every label (or none), nothing left out.
+
+    With occupancy labels (None: as `data` says) it is every labelled frame.
+    """
     whole = data.model_copy(
         update={"root": root or data.root, "split": split, "label_share": 1.0, "every": 1, "max_frames": None, "also": ()}
         # Every labelled point counts, those outside the grid too: the network answers for them.
         | {"labels": labels, "box_classes": (), "range_min": None, "range_max": None}
+        | {"occupancy": data.occupancy if occupancy is None else occupancy}
     )
     return FrameBatches(whole, batch_size=1, seed=0, train=False, targets=targets)
 
@@ -271,6 +298,8 @@ def run_config_of(tree: dict[str, Any], source: str) -> RunConfig:
             return SegmentationConfig.from_tree(tree, source=source)
         case "detection":
             return DetectionConfig.from_tree(tree, source=source)
+        case "occupancy":
+            return OccupancyConfig.from_tree(tree, source=source)
         case other:
             raise ConfigError(
                 f"{source}: not the config of a run (its kind is {other!r}). Name a run folder of `pretrain` or `finetune`, or "

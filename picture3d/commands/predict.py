@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from picture3d.commands.build import build_detection, build_segmentation, read_run_config, scoring_batches
+from picture3d.commands.build import build_task, read_run_config, scoring_batches
 from picture3d.commands.machine import start
+from picture3d.commands.score_occupancy import class_names as occupancy_class_names
 from picture3d.datasets.label_sets import LabelSet
 from picture3d.datasets.loading import collate
 from picture3d.datasets.nuscenes_samples import sample_token
+from picture3d.datasets.openoccupancy import NUSCENES_OCCUPANCY, label_file_name
 from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.datasets.preparing import finite_points
 from picture3d.datasets.samples import sweep_sample
@@ -26,30 +28,34 @@ from picture3d.errors import ConfigError, DataError
 from picture3d.evaluation import nuscenes_frames, waymo_frames
 from picture3d.files import whole_file
 from picture3d.formats.nuscenes_results import write_results
+from picture3d.formats.openoccupancy import OccupiedVoxels, write_openoccupancy
 from picture3d.formats.point_tables import parse_layout
 from picture3d.formats.waymo_objects import write_objects
-from picture3d.recipes.configs import DetectionConfig, PretrainConfig, SegmentationConfig
+from picture3d.recipes.configs import DetectionConfig, OccupancyConfig, PretrainConfig
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.detections import DetectedBoxes
 from picture3d.structures.frame import Frame
+from picture3d.structures.occupancy import Occupancy
 from picture3d.structures.points import IntensityUnit
 from picture3d.structures.poses import Pose
+from picture3d.tasks.detection import DetectionTask
 from picture3d.training.checkpoint import load_into, load_weights
 from picture3d.training.runlog import Progress
 
-PredictionFormat = Literal["json", "nuscenes", "waymo", "lidarseg", "picture"]
+PredictionFormat = Literal["json", "nuscenes", "waymo", "lidarseg", "occupancy", "picture"]
 _OF_SUFFIX: dict[str, PredictionFormat] = {".json": "json", ".bin": "waymo", ".png": "picture"}
 _PICTURE_MIN_SCORE = 0.3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
-    """What was found in one frame: boxes, or a class for each of its points."""
+    """What was found in one frame: boxes, a class for each of its points, or occupied cells."""
 
     frame: Frame
     token: str  # the official name of the frame in a submission
     boxes: DetectedBoxes | None = None  # in the LiDAR frame
     labels: NDArray[np.int64] | None = None  # (N,) training class; 0 where there is no answer
+    occupancy: Occupancy | None = None  # in the LiDAR frame
 
 
 def predict(
@@ -71,7 +77,7 @@ def predict(
 
     Args:
         run: folder of a fine-tuning.
-        out: the file (or folder, for lidarseg and several pictures).
+        out: the file (or folder, for lidarseg, occupancy and several pictures).
         wanted: one of `PredictionFormat`; None: by the suffix of `out`.
         data: folder of prepared frames; None: that of the run.
         split: whose keyframes are predicted.
@@ -95,6 +101,7 @@ def predict(
     else:
         found = network.of_frames(data, split, frames)
     predictions = _Counted(_above(found, least))
+    network.require(kind, *_TASKS_OF[kind])
     writer = _WRITERS[kind]
     writer(out, iter(predictions), network)
     boxes = f", {predictions.boxes:,} boxes" if isinstance(network.config, DetectionConfig) else ""
@@ -106,26 +113,23 @@ class _Network:
 
     def __init__(self, run: Path, device: torch.device) -> None:
         config = read_run_config(run)
-        match config:
-            case DetectionConfig():
-                self.task = build_detection(config, device)
-                self.classes = self.task.classes
-            case SegmentationConfig():
-                self.task = build_segmentation(config, device)
-                self.classes = ()
-            case PretrainConfig():
-                raise ConfigError(
-                    f"{run}: is a pre-training; predict needs a fine-tuned network. Run `picture3d finetune` "
-                    "with it as --encoder, and name that run."
-                )
+        if isinstance(config, PretrainConfig):
+            raise ConfigError(
+                f"{run}: is a pre-training; predict needs a fine-tuned network. Run `picture3d finetune` "
+                "with it as --encoder, and name that run."
+            )
+        self.task = build_task(config, device)
+        self.classes = self.task.classes if isinstance(self.task, DetectionTask) else ()
         load_into(self.task.module, load_weights(run).tensors)
         self.run, self.config, self.device = run, config, device
         self.label_set: LabelSet | None = None
+        self.dataset: PreparedDataset | None = None
 
     def of_frames(self, data: Path | None, split: str, names: list[str]) -> Iterator[Prediction]:
         """Predictions of the keyframes of a split, or of single frames, in order."""
-        batches = scoring_batches(self.config.data, root=data, split=None if names else split, labels=False)
-        dataset = batches.dataset
+        chosen = None if names else split
+        batches = scoring_batches(self.config.data, root=data, split=chosen, labels=False, occupancy=False)
+        dataset = self.dataset = batches.dataset
         self.label_set = dataset.label_set
         if names:
             batches.choose([_key(dataset, name) for name in names])
@@ -153,26 +157,30 @@ class _Network:
         if isinstance(answer, torch.Tensor):
             # The keyframe's own points come first, whatever sweeps are merged behind them.
             return Prediction(frame, token, labels=answer.cpu().numpy()[: len(frame.points)])
-        return Prediction(frame, token, boxes=answer[0])
+        found = answer[0]
+        if isinstance(found, Occupancy):
+            return Prediction(frame, token, occupancy=found)
+        return Prediction(frame, token, boxes=found)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the classes, from class 0 on."""
         if isinstance(self.config, DetectionConfig):
             return ("none", *self.classes)
+        if isinstance(self.config, OccupancyConfig):
+            return occupancy_class_names(self.config.task.num_classes)
         if self.label_set is not None and self.label_set.num_classes == self.config.task.num_classes:
             return self.label_set.train_names
         return tuple(f"class_{index}" for index in range(self.config.task.num_classes))
 
-    def require_boxes(self, kind: str) -> None:
-        """Refuses a network that finds no boxes."""
-        if not isinstance(self.config, DetectionConfig):
-            raise ConfigError(f"{self.run}: is a segmentation; --format {kind} holds boxes. Use json, lidarseg or picture.")
-
-    def require_labels(self, kind: str) -> None:
-        """Refuses a network that gives points no class."""
-        if isinstance(self.config, DetectionConfig):
-            raise ConfigError(f"{self.run}: is a detector; --format {kind} holds classes of points. Use json or nuscenes.")
+    def require(self, kind: str, *wanted: str) -> None:
+        """Refuses a network of another task than those that `kind` is for."""
+        task = self.config.kind
+        if task not in wanted:
+            fits = [name for name, tasks in _TASKS_OF.items() if task in tasks]
+            raise ConfigError(
+                f"{self.run}: is a network for {task}, which --format {kind} cannot hold. Use {' or '.join(fits)}."
+            )
 
 
 class _Counted:
@@ -227,7 +235,6 @@ def _box_trees(found: DetectedBoxes, names: tuple[str, ...]) -> list[dict[str, A
 
 
 def _write_nuscenes(out: Path, predictions: Iterator[Prediction], network: _Network) -> None:
-    network.require_boxes("nuscenes")
     write_results(
         out,
         (
@@ -239,7 +246,6 @@ def _write_nuscenes(out: Path, predictions: Iterator[Prediction], network: _Netw
 
 
 def _write_waymo(out: Path, predictions: Iterator[Prediction], network: _Network) -> None:
-    network.require_boxes("waymo")
     write_objects(
         out,
         (waymo_frames.detections_of_frame(p.frame, p.boxes, network.classes) for p in predictions if p.boxes is not None),
@@ -248,11 +254,24 @@ def _write_waymo(out: Path, predictions: Iterator[Prediction], network: _Network
 
 def _write_lidarseg(out: Path, predictions: Iterator[Prediction], network: _Network) -> None:
     """One byte per point, as the nuScenes lidarseg challenge takes them: ``TOKEN_lidarseg.bin``, the token of the sweep."""
-    network.require_labels("lidarseg")
     for prediction in predictions:
         assert prediction.labels is not None
         with whole_file(out / f"{_file_name(prediction.frame.token)}_lidarseg.bin") as file:
             file.write(prediction.labels.astype(np.uint8).tobytes())
+
+
+def _write_occupancy(out: Path, predictions: Iterator[Prediction], network: _Network) -> None:
+    """Files in the layout of nuScenes-Occupancy's labels, which `picture3d score occupancy` reads."""
+    grid = network.config.task.grid if isinstance(network.config, OccupancyConfig) else None
+    if grid != NUSCENES_OCCUPANCY:
+        raise ConfigError(f"{network.run}: answers on {grid}, the files hold {NUSCENES_OCCUPANCY}. Use --format picture.")
+    for prediction in predictions:
+        if network.dataset is None:
+            raise ConfigError("a sweep file belongs to no scene, after which occupancy files are named. Use --format picture.")
+        assert prediction.occupancy is not None
+        frame = prediction.frame
+        path = out / label_file_name(network.dataset, frame.log, frame.token)
+        write_openoccupancy(path, OccupiedVoxels(prediction.occupancy.index, prediction.occupancy.label))
 
 
 def _write_pictures(out: Path, predictions: Iterator[Prediction], network: _Network) -> None:
@@ -278,6 +297,12 @@ def _picture(prediction: Prediction, names: tuple[str, ...]) -> bytes:
     from picture3d.view.colors import class_colors, label_colors, ramp_colors
     from picture3d.view.pictures import bird_eye, png_bytes
 
+    if prediction.occupancy is not None:  # from above: the highest occupied cell of each column
+        cells = prediction.occupancy
+        column = cells.index[:, 0].astype(np.int64) * cells.grid.shape[1] + cells.index[:, 1]
+        highest = np.flatnonzero(np.diff(column, append=-1))  # cells are sorted by x, y, z
+        colors = label_colors(cells.label[highest].astype(np.int64), names)
+        return png_bytes(bird_eye(cells.centres[highest].astype(np.float32), colors, size_px=960))
     xyz = prediction.frame.points.xyz
     if prediction.labels is not None:
         return png_bytes(bird_eye(xyz, label_colors(prediction.labels, names), size_px=960))
@@ -296,7 +321,16 @@ _WRITERS: dict[PredictionFormat, Callable[[Path, Iterator[Prediction], _Network]
     "nuscenes": _write_nuscenes,
     "waymo": _write_waymo,
     "lidarseg": _write_lidarseg,
+    "occupancy": _write_occupancy,
     "picture": _write_pictures,
+}
+_TASKS_OF: dict[PredictionFormat, tuple[str, ...]] = {
+    "json": ("segmentation", "detection"),
+    "nuscenes": ("detection",),
+    "waymo": ("detection",),
+    "lidarseg": ("segmentation",),
+    "occupancy": ("occupancy",),
+    "picture": ("segmentation", "detection", "occupancy"),
 }
 
 

@@ -15,7 +15,7 @@ from picture3d.commands.machine import start
 from picture3d.datasets.loading import FrameBatches
 from picture3d.errors import ConfigError, DataError
 from picture3d.evaluation.segmentation import ConfusionMatrix, SegmentationScores
-from picture3d.recipes.configs import DetectionConfig, SegmentationConfig
+from picture3d.recipes.configs import DetectionConfig, OccupancyConfig, SegmentationConfig
 from picture3d.structures.batch import PointBatch
 from picture3d.tasks.segmentation import IGNORED, evaluate_segmentation
 from picture3d.training.checkpoint import load_into, load_weights
@@ -41,6 +41,10 @@ def evaluate_together(run: Path, *, data: Path | None, split: str, as_json: bool
         from picture3d.commands.score_detection import evaluate_detection
 
         return evaluate_detection(run, config, data=data, split=split, as_json=as_json, device=machine, team=team)
+    if isinstance(config, OccupancyConfig):
+        from picture3d.commands.score_occupancy import evaluate_occupancy
+
+        return evaluate_occupancy(run, config, data=data, split=split, as_json=as_json, device=machine, team=team)
     scores = _evaluate_segmentation(run, data, split, machine, team)
     if scores is None:
         return ""

@@ -1,10 +1,17 @@
-"""`score occupancy`: IoU and mIoU of occupancy predictions that any program wrote in the layout of the label files."""
+"""IoU and mIoU of occupancy: of a fine-tuned network (`evaluate`), and of predictions that any program wrote in the layout of
+the label files (`score occupancy`).
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from picture3d.commands.build import build_occupancy, scoring_batches
+from picture3d.commands.by_log import Arrays, Frames, log_by_log
 from picture3d.datasets.label_sets import NUSCENES_16
 from picture3d.datasets.occupancy_store import OccupancyStore
 from picture3d.datasets.openoccupancy import NUSCENES_OCCUPANCY, label_files, label_folder
@@ -12,10 +19,65 @@ from picture3d.datasets.prepared import PreparedDataset
 from picture3d.errors import DataError
 from picture3d.evaluation.occupancy import OccupancyMatrix, OccupancyScores
 from picture3d.formats.openoccupancy import read_openoccupancy
+from picture3d.recipes.configs import OccupancyConfig
+from picture3d.structures.batch import PointBatch
 from picture3d.structures.occupancy import IGNORED, Occupancy
-from picture3d.training.runlog import Progress
+from picture3d.tasks.occupancy import labels_of
+from picture3d.training.checkpoint import load_into, load_weights
+from picture3d.training.distributed import Team
+from picture3d.training.runlog import Progress, RunFolder
 
 CLASS_NAMES = ("free", *NUSCENES_16.train_names[1:])
+
+
+def evaluate_occupancy(
+    run: Path, config: OccupancyConfig, *, data: Path | None, split: str, as_json: bool, device: torch.device, team: Team
+) -> str:
+    """Scores an occupancy network on every labelled keyframe of a split; keeps the scores in its folder, returns them as text.
+
+    Of several processes the first does that, and the others return nothing.
+
+    Raises:
+        DataError: if no keyframe of the split is labelled, or labels lie on other cells than the network's.
+    """
+    task = build_occupancy(config, device)
+    load_into(task.module, load_weights(run).tensors)
+    batches = scoring_batches(config.data, root=data, split=split, labels=False)
+    names = class_names(config.task.num_classes)
+
+    def part(frames: Frames) -> Arrays:
+        matrix = OccupancyMatrix(names)
+        for key, batch in frames:
+            labels_of(batch, config.task)  # refuses what cannot be scored, by the frame's name
+            matrix.add(truth_of(batch), task.predict(batch.to(device))[0], where=f"{key.log}/{key.index}")
+        return matrix.counts
+
+    parts = log_by_log(batches, team, "evaluate", part)
+    if not team.writes:
+        return ""
+    matrix = OccupancyMatrix(names)
+    for counts in parts:
+        matrix.add_counts(counts)
+    scores, folder = matrix.scores(), RunFolder(run)
+    folder.write_json(f"evaluation_{split}.json", scores.to_json())
+    folder.update_summary({f"miou_{split}": scores.miou, f"geometric_iou_{split}": scores.geometric_iou})
+    return json.dumps(scores.to_json()) if as_json else table(f"{run}, split {split}", scores)
+
+
+def truth_of(batch: PointBatch) -> Occupancy:
+    """The labels of a batch of one frame."""
+    assert batch.occupancy_cell is not None
+    assert batch.occupancy_class is not None
+    assert batch.occupancy_grid is not None
+    index = batch.occupancy_cell[:, 1:].cpu().numpy().astype(np.int16)
+    return Occupancy(index, batch.occupancy_class.cpu().numpy(), batch.occupancy_grid)
+
+
+def class_names(num_classes: int) -> tuple[str, ...]:
+    """Names of the classes a network answers with, free space first."""
+    if num_classes == len(CLASS_NAMES):
+        return CLASS_NAMES
+    return ("free", *(f"class_{index}" for index in range(1, num_classes)))
 
 
 def score_occupancy(predictions: Path, labels: Path, *, split: str, as_json: bool) -> str:

@@ -9,13 +9,7 @@ from typing import Literal
 
 import torch
 
-from picture3d.commands.build import (
-    build_detection,
-    build_picture,
-    build_segmentation,
-    build_training_targets,
-    training_batches,
-)
+from picture3d.commands.build import build_picture, build_task, build_training_targets, training_batches
 from picture3d.commands.machine import start
 from picture3d.config import read_config_tree
 from picture3d.datasets.loading import FrameBatches
@@ -23,20 +17,24 @@ from picture3d.errors import ConfigError
 from picture3d.files import sole_writer
 from picture3d.recipes.catalogue import (
     DETECTION,
+    OCCUPANCY,
     PRETRAINING,
     SEGMENTATION,
+    RunConfig,
+    TaskConfig,
     any_recipe,
     detection_recipe,
+    occupancy_recipe,
     pretraining_recipe,
     segmentation_recipe,
 )
-from picture3d.recipes.configs import DetectionConfig, PretrainConfig, SegmentationConfig
+from picture3d.recipes.configs import DetectionConfig, OccupancyConfig, PretrainConfig, SegmentationConfig
 from picture3d.tasks.encoder import load_encoder
 from picture3d.training.distributed import Team, joined_team, launched_place
 from picture3d.training.loop import FitResult, fit
 from picture3d.training.runlog import RunFolder, duration
 
-FinetuneTask = Literal["segmentation", "detection"]
+FinetuneTask = Literal["segmentation", "detection", "occupancy"]
 
 
 def pretrain(
@@ -84,7 +82,7 @@ def _log_selection(run: RunFolder, batches: FrameBatches) -> None:
         run.log(f"data: {source.selection}")
 
 
-def _claimed(out: Path, config: PretrainConfig | SegmentationConfig | DetectionConfig, team: Team) -> RunFolder:
+def _claimed(out: Path, config: RunConfig, team: Team) -> RunFolder:
     run = RunFolder(out)
     run.writes = team.writes
 
@@ -121,9 +119,7 @@ def finetune(
     return _told(out, run_finetuning(settings, out, resume, device, threads))
 
 
-def run_finetuning(
-    config: SegmentationConfig | DetectionConfig, out: Path, resume: bool, device: str, threads: int
-) -> FitResult:
+def run_finetuning(config: TaskConfig, out: Path, resume: bool, device: str, threads: int) -> FitResult:
     """Fine-tunes by a resolved config."""
     place = launched_place()
     machine = start(device, threads or config.training.threads, place)
@@ -131,11 +127,9 @@ def run_finetuning(
         return _finetune(config, out, resume, machine, team)
 
 
-def _finetune(
-    config: SegmentationConfig | DetectionConfig, out: Path, resume: bool, machine: torch.device, team: Team
-) -> FitResult:
+def _finetune(config: TaskConfig, out: Path, resume: bool, machine: torch.device, team: Team) -> FitResult:
     batches = training_batches(config, None, team.place)
-    task = build_segmentation(config, machine) if isinstance(config, SegmentationConfig) else build_detection(config, machine)
+    task = build_task(config, machine)
     report = None
     if config.pretrained is not None:
         inputs = config.data.model_dump(mode="json", include={"features", "intensity_scale"})
@@ -173,7 +167,13 @@ def describe_recipes(name: str | None) -> str:
     data = Path("prepared")
     if name is None:
         lines = []
-        for title, recipes in (("pre-training", PRETRAINING), ("segmentation", SEGMENTATION), ("detection", DETECTION)):
+        kinds = {
+            "pre-training": PRETRAINING,
+            "segmentation": SEGMENTATION,
+            "detection": DETECTION,
+            "occupancy": OCCUPANCY,
+        }
+        for title, recipes in kinds.items():
             lines.append(f"{title}:")
             lines += [f"  {key:32s}{(make.__doc__ or '').splitlines()[0]}" for key, make in recipes.items()]
         return "\n".join(lines)
@@ -192,15 +192,19 @@ def _pretrain_config(recipe: str, saved: Path | None, data: Path | None, overrid
 
 def _finetune_config(
     task: FinetuneTask, recipe: str, saved: Path | None, data: Path | None, overrides: list[str]
-) -> SegmentationConfig | DetectionConfig:
+) -> TaskConfig:
     if saved is not None:
-        kind = SegmentationConfig if task == "segmentation" else DetectionConfig
-        base = kind.from_tree(read_config_tree(saved), source=str(saved))
+        kinds: dict[str, type[TaskConfig]] = {
+            "segmentation": SegmentationConfig,
+            "detection": DetectionConfig,
+            "occupancy": OccupancyConfig,
+        }
+        base = kinds[task].from_tree(read_config_tree(saved), source=str(saved))
         if data is not None:
             base = base.model_copy(update={"data": base.data.model_copy(update={"root": data})})
     else:
-        find = segmentation_recipe if task == "segmentation" else detection_recipe
-        base = find(recipe, _required(data))
+        found = {"segmentation": segmentation_recipe, "detection": detection_recipe, "occupancy": occupancy_recipe}
+        base = found[task](recipe, _required(data))
     return base.with_overrides(overrides)
 
 

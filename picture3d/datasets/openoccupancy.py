@@ -182,6 +182,19 @@ def _scene(dataset: PreparedDataset, log: str) -> str:
     return scene
 
 
+def label_file_name(dataset: PreparedDataset, log: str, token: str) -> Path:
+    """``scene_<scene token>/occupancy/<token>.npy``: where the labels of a keyframe lie, and predictions are looked for.
+
+    Raises:
+        DataError: if the log is not of nuScenes, or a token cannot be the name of a file.
+    """
+    names = f"scene_{_scene(dataset, log)}", f"{token}.npy"
+    for name in names:
+        if Path(name).name != name:
+            raise DataError(f"{dataset.root}: log '{log}' has a token that cannot be the name of a file: {name!r}")
+    return Path(names[0]) / "occupancy" / names[1]
+
+
 def label_files(root: Path, scenes: frozenset[str], dataset: PreparedDataset, log: str) -> tuple[list[LabelFile], int]:
     """The label files of a log's keyframes, and how many others its scene has. Names are looked up, never built from tokens.
 

@@ -13,7 +13,7 @@ Source: the OpenOccupancy benchmark, which averages over its 16 classes, all of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,18 @@ class OccupancyMatrix:
         self._matrix.add(_labels_at(truth, keys), _labels_at(prediction, keys), where=where)
         self._matrix.counts[FREE, FREE] += truth.grid.cells - len(keys)
         self._frames += 1
+
+    @property
+    def counts(self) -> dict[str, NDArray[np.int64]]:
+        """What was counted, as arrays for `add_counts` of another matrix."""
+        numbers = np.array([self._matrix.num_ignored, self._frames], np.int64)
+        return {"confusion": self._matrix.counts, "ignored_and_frames": numbers}
+
+    def add_counts(self, counts: Mapping[str, NDArray[np.int64]]) -> None:
+        """Adds what another matrix of these classes has counted."""
+        ignored, frames = counts["ignored_and_frames"].tolist()
+        self._matrix.add_counts(counts["confusion"], ignored)
+        self._frames += frames
 
     def scores(self) -> OccupancyScores:
         """The scores of everything added so far."""

@@ -127,6 +127,45 @@ class BevBackbone(nn.Module):
         return torch.cat(joined, 1)
 
 
+class BevLevels(nn.Module):
+    """Residual levels of falling resolution, each of them an answer; keys ``blocks.{level}.{block}`` as above.
+
+    Args:
+        in_channels: of the dense map.
+        blocks: residual blocks per level, besides the strided first one.
+        strides: of the first block of each level.
+        channels: width of each level.
+        stem: strides of blocks before the first level, of its width (``stem.{block}``): a block skips cells by more than 2.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        blocks: tuple[int, ...],
+        strides: tuple[int, ...],
+        channels: tuple[int, ...],
+        stem: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Sequential()
+        for stride in stem:
+            self.stem.append(ResidualBlock2d(in_channels, channels[0], stride, projected=True))
+            in_channels = channels[0]
+        self.blocks = nn.ModuleList()
+        for width, count, stride in zip(channels, blocks, strides, strict=True):
+            first = ResidualBlock2d(in_channels, width, stride, projected=True)
+            self.blocks.append(nn.Sequential(first, *(ResidualBlock2d(width, width) for _ in range(count))))
+            in_channels = width
+
+    def forward(self, bev: Tensor) -> list[Tensor]:
+        """(B, in_channels, H, W) to the maps of all levels, the finest first; sides round up where they are divided."""
+        bev, levels = self.stem(bev), []
+        for level in self.blocks:
+            bev = level(bev)
+            levels.append(bev)
+        return levels
+
+
 class ResidualBlock2d(nn.Module):
     """Two 3 x 3 convolutions with norms, and a shortcut: the input itself, or (`projected`) a 1 x 1 convolution of it."""
 

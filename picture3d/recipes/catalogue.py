@@ -8,14 +8,15 @@ from typing import TypeVar
 
 from picture3d.config import nearest
 from picture3d.errors import ConfigError
-from picture3d.recipes import detection, pretraining, segmentation
-from picture3d.recipes.configs import DetectionConfig, PretrainConfig, SegmentationConfig
+from picture3d.recipes import detection, occupancy, pretraining, segmentation
+from picture3d.recipes.configs import DetectionConfig, OccupancyConfig, PretrainConfig, SegmentationConfig
 from picture3d.recipes.town import town_encoder
 from picture3d.structures.cylinder import cylinder_cell_size
 from picture3d.tasks.detection import DetectionTaskConfig
 
-RunConfig = PretrainConfig | SegmentationConfig | DetectionConfig
-_Config = TypeVar("_Config", PretrainConfig, SegmentationConfig, DetectionConfig)
+TaskConfig = SegmentationConfig | DetectionConfig | OccupancyConfig
+RunConfig = PretrainConfig | TaskConfig
+_Config = TypeVar("_Config", PretrainConfig, SegmentationConfig, DetectionConfig, OccupancyConfig)
 _Recipe = TypeVar("_Recipe")
 
 PRETRAINING: dict[str, Callable[[Path], PretrainConfig]] = {
@@ -44,6 +45,10 @@ DETECTION: dict[str, Callable[[Path], DetectionConfig]] = {
     "town-detection": detection.town_detection,
     "waymo-detection": detection.waymo_detection,
     "nuscenes-detection": detection.nuscenes_detection,
+}
+OCCUPANCY: dict[str, Callable[[Path], OccupancyConfig]] = {
+    "town-occupancy": occupancy.town_occupancy,
+    "nuscenes-occupancy": occupancy.nuscenes_occupancy,
 }
 
 
@@ -74,25 +79,35 @@ def detection_recipe(name: str, data: Path) -> DetectionConfig:
     return _find(DETECTION, name, "detection")(data)
 
 
+def occupancy_recipe(name: str, data: Path) -> OccupancyConfig:
+    """The occupancy recipe called `name`, on the prepared frames in `data`.
+
+    Raises:
+        ConfigError: for an unknown name; the nearest one is given.
+    """
+    return _find(OCCUPANCY, name, "occupancy")(data)
+
+
 def any_recipe(name: str, data: Path) -> RunConfig:
     """The recipe called `name`, of any kind, on the prepared frames in `data`.
 
     Raises:
         ConfigError: for an unknown name; the nearest one is given.
     """
-    return _find({**PRETRAINING, **SEGMENTATION, **DETECTION}, name, "")(data)
+    return _find({**PRETRAINING, **SEGMENTATION, **DETECTION, **OCCUPANCY}, name, "")(data)
 
 
 def tiny(config: _Config) -> _Config:
     """Shrinks any recipe to a coarse grid, a narrow encoder and two steps: for tests, and to try a command out."""
     low, high = config.grid.range_min, config.grid.range_max
+    across = 128 if isinstance(config, OccupancyConfig) else 120  # columns; those of labelled cells are powers of two
     if config.grid.pillars:
         voxel, windows, strides = ((high[0] - low[0]) / 120, (high[1] - low[1]) / 120, high[2] - low[2]), ((12, 12, 1),), ()
     else:
         if config.grid.cylinder:
             voxel = cylinder_cell_size(low, high, (120, 120, 8))
         else:
-            voxel = ((high[0] - low[0]) / 120, (high[1] - low[1]) / 120, (high[2] - low[2]) / 8)
+            voxel = ((high[0] - low[0]) / across, (high[1] - low[1]) / across, (high[2] - low[2]) / 8)
         windows, strides = ((12, 12, 8), (12, 12, 1)), ((1, 1, 8),)
     stages = len(windows)
     encoder = town_encoder().model_copy(
@@ -113,6 +128,10 @@ def tiny(config: _Config) -> _Config:
     if isinstance(config, DetectionConfig):
         updates["task"] = _narrow(config.task)
         updates["data"] = config.data.model_copy(update={"objects": None})  # a database would have to be made first
+    if isinstance(config, OccupancyConfig):
+        levels = {"blocks": (0, 0), "stem": (), "strides": (2, 2), "channels": (16, 16)}
+        narrow = {"cell_ratio": 8, "volume_channels": 8, "head_channels": 8}
+        updates["task"] = config.task.model_copy(update={**levels, **narrow})
     return config.model_copy(update=updates)
 
 

@@ -19,6 +19,7 @@ from picture3d.pretrain.masking import MaskConfig
 from picture3d.structures.cylinder import CylinderGrid
 from picture3d.structures.voxels import VoxelGrid
 from picture3d.tasks.detection import DetectionTaskConfig
+from picture3d.tasks.occupancy import OccupancyTaskConfig
 from picture3d.tasks.segmentation import SegmentationTaskConfig
 from picture3d.training.plan import TrainingConfig
 
@@ -193,4 +194,17 @@ class DetectionConfig(FinetuneConfig):
                 f"data.box_classes {self.data.box_classes} and task.head.classes {self.task.head.classes} must be the same "
                 "names in the same order"
             )
+        return self
+
+
+class OccupancyConfig(FinetuneConfig):
+    """An occupancy fine-tuning run."""
+
+    kind: Literal["occupancy"] = "occupancy"
+    task: OccupancyTaskConfig = OccupancyTaskConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.data.occupancy:
+            raise ValueError("data.occupancy=false leaves nothing to learn from; set it true")
         return self

@@ -11,8 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from picture3d.cli import app
+from picture3d.commands.train import run_finetuning
 from picture3d.datasets.loading import DataConfig, FrameBatches
 from picture3d.formats.openoccupancy import read_openoccupancy
+from picture3d.recipes.catalogue import occupancy_recipe, tiny
 from picture3d.synthetic.occupancy import OCCUPANCY_FOLDER
 
 
@@ -86,6 +88,32 @@ def test_the_labels_score_one_and_a_shifted_copy_does_not(town, tmp_path):
     shifted = json.loads(run("score", "occupancy", tmp_path, *words).splitlines()[-1])
     assert 0 < shifted["miou"] < 0.9
     assert 0 < shifted["geometric_iou"] < 0.9
+
+
+def test_a_network_is_trained_and_scored_and_its_files_score_the_same(town, tmp_path):
+    # Two steps would leave most of the space occupied, and the file larger than label files may be.
+    config = tiny(occupancy_recipe("town-occupancy", town / "prepared")).with_overrides(["training.max_steps=60"])
+    run_finetuning(config, tmp_path / "run", False, "cpu", 1)
+    words = ("evaluate", tmp_path / "run", "--threads", 1)
+    scores = json.loads(run(*words, "--json").splitlines()[-1])
+    assert (scores["frames"], scores["cells"] + scores["ignored"]) == (1, 512 * 512 * 40)
+    assert "geometric IoU" in run(*words)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["miou_val"], summary["geometric_iou_val"]) == (scores["miou"], scores["geometric_iou"])
+    run("predict", tmp_path / "run", "--out", tmp_path / "found", "--format", "occupancy")
+    again = json.loads(run("score", "occupancy", tmp_path / "found", "--labels", town / "prepared", "--json").splitlines()[-1])
+    assert again["confusion"] == scores["confusion"]
+    run("predict", tmp_path / "run", "--out", tmp_path / "from_above", "--format", "picture")
+    assert len(list((tmp_path / "from_above").glob("*.png"))) == 1
+    refused = CliRunner().invoke(app, ["predict", str(tmp_path / "run"), "--out", str(tmp_path / "found.json")])
+    assert "Use occupancy or picture" in str(refused.exception)
+
+
+def test_without_labels_it_says_how_to_attach_them(town, tmp_path):
+    shutil.copytree(town / "prepared", tmp_path / "prepared", ignore=shutil.ignore_patterns("occupancy"))
+    words = ["finetune", "occupancy", "--data", str(tmp_path / "prepared"), "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, words)
+    assert "prepare occupancy" in str(result.exception)
 
 
 def test_occupancy_of_a_waymo_town_is_refused(tmp_path):

@@ -127,8 +127,14 @@ def test_a_sweep_file_is_predicted_row_by_row(place, tmp_path):
     [
         (["center", "--out", "x.xyz"], "does not say which format is wanted"),
         (["center", "--out", "x.json", "--format", "yaml"], "no format is called 'yaml'"),
-        (["center", "--out", "x", "--format", "lidarseg"], "is a detector; --format lidarseg holds classes of points"),
-        (["segment", "--out", "x.json", "--format", "nuscenes"], "is a segmentation; --format nuscenes holds boxes"),
+        (
+            ["center", "--out", "x", "--format", "lidarseg"],
+            "a network for detection, .* Use json or nuscenes",
+        ),
+        (
+            ["segment", "--out", "x.json", "--format", "nuscenes"],
+            "a network for segmentation, .* Use json or lidarseg",
+        ),
         (["waymo", "--out", "x.json", "--format", "nuscenes"], "not a class of the nuScenes challenge"),
         (["center", "--out", "x.json", "--frame", "scene-0002/99"], "there is no frame scene-0002/99"),
         (["center", "--out", "x.json", "--split", "test"], "no split 'test'"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from torch.nn import functional as F
 
 from picture3d.errors import ConfigError
 from picture3d.models.occupancy_head import OccupancyHead
+from picture3d.tasks.occupancy import OccupancyTaskConfig
 from tests.golden_weights import golden_weight_seed, openpcdet_input, openpcdet_state
-from tests.sample_data import golden_files
+from tests.sample_data import golden_dir, golden_files
 
 SHAPES = ((12, 10, 8), (6, 5, 4), (3, 3, 2), (2, 2, 1))
 
@@ -29,6 +31,17 @@ def test_logits_and_shares_of_the_levels_are_the_references(path: Path):
         logits = head(levels)
     np.testing.assert_allclose(shares.numpy(), reference["level_weights"], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(logits.numpy(), reference["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_keys_and_shapes_are_those_of_the_reference():
+    path = golden_dir() / "openpcdet" / "keys" / "occ_nuscenes.json"
+    if not path.exists():
+        pytest.skip(f"{path.name} is absent")
+    published = json.loads(path.read_text())["state_dict"]
+    config = OccupancyTaskConfig()
+    head = OccupancyHead((config.volume_channels,) * len(config.blocks), config.head_channels, config.num_classes)
+    ours = {f"dense_head.{key}": list(value.shape) for key, value in head.state_dict().items()}
+    assert ours == {key: shape for key, shape in published.items() if key.startswith("dense_head.")}
 
 
 def test_one_level_counts_whole():

@@ -30,7 +30,7 @@ def visible_picture(*, teacher_channels: int | None = 12, **options: Any) -> Pic
 def test_visible_voxels_are_told_from_the_encoder_that_did_not_see_the_hidden_ones():
     model, batch = visible_picture(), random_batch()
     seen: list[DsvtOutput] = []
-    model.backbone_3d.register_forward_hook(lambda module, given, answer: seen.append(answer))
+    model.backbone_3d.register_forward_hook(lambda *given: seen.append(given[-1]))
     step = pretrain_step(model, batch, MaskConfig(), VISIBLE, generator())
     assert step.targets.features is not None
     assert model.visible_head is not None
@@ -91,7 +91,7 @@ def replace_weights(*, features: float) -> LossConfig:
 def test_whitened_features_are_those_of_what_was_seen_so_far():
     model, batch = visible_picture(whitening=FeatureWhitening(12, 0.06)), random_batch()
     seen: list[DsvtOutput] = []
-    model.backbone_3d.register_forward_hook(lambda module, given, answer: seen.append(answer))
+    model.backbone_3d.register_forward_hook(lambda *given: seen.append(given[-1]))
     step = pretrain_step(model, batch, MaskConfig(), VISIBLE, generator())
     assert step.predicted_features is not None
     assert step.targets.features is not None

@@ -10,14 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from picture3d.commands.build import build_detection, build_network, build_picture, build_segmentation, training_batches
+from picture3d.commands.build import (
+    build_detection,
+    build_network,
+    build_occupancy,
+    build_picture,
+    build_segmentation,
+    training_batches,
+)
 from picture3d.errors import ConfigError
 from picture3d.recipes.catalogue import (
     DETECTION,
+    OCCUPANCY,
     PRETRAINING,
     SEGMENTATION,
     any_recipe,
     detection_recipe,
+    occupancy_recipe,
     pretraining_recipe,
     segmentation_recipe,
     tiny,
@@ -26,11 +35,13 @@ from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
 from picture3d.structures.frame import Frame
 from picture3d.structures.poses import Pose
 from picture3d.structures.targets import FrameTargets
+from picture3d.tasks.encoder import load_encoder
+from picture3d.training.checkpoint import save_checkpoint
 from picture3d.training.loop import fit
 from picture3d.training.runlog import RunFolder
 from tests.datasets.made_frames import made_frame, write_made_dataset
 
-NAMES = [*PRETRAINING, *SEGMENTATION, *DETECTION]
+NAMES = [*PRETRAINING, *SEGMENTATION, *DETECTION, *OCCUPANCY]
 
 
 class OctantTeacher:
@@ -180,6 +191,7 @@ def test_a_pretrained_encoder_fits_the_recipes_of_its_family():
         ("waymo-picture", "waymo-detection"),
         ("waymo-picture-20", "waymo-detection"),
         ("nuscenes-pillar-picture", "nuscenes-detection"),
+        ("nuscenes-picture", "nuscenes-occupancy"),
     )
     for pre, task in families:
         a, b = any_recipe(pre, Path("p")), any_recipe(task, Path("p"))
@@ -190,6 +202,20 @@ def test_a_pretrained_encoder_fits_the_recipes_of_its_family():
             b.data.sweeps,
             b.data.intensity_scale,
         )
+
+
+def test_a_town_encoder_fits_the_occupancy_of_a_wider_town(tmp_path):
+    pretraining, occupancy = pretraining_recipe("town-picture", Path("p")), occupancy_recipe("town-occupancy", Path("p"))
+    tensors, meta = build_picture(pretraining, torch.device("cpu")).module.state_dict(), pretraining.model_dump(mode="json")
+    save_checkpoint(tmp_path / "model.safetensors", tensors, {"config": meta})
+    network = build_occupancy(occupancy, torch.device("cpu")).module
+    report = load_encoder(network, tmp_path / "model.safetensors")
+    assert report.differences == ()
+
+
+def test_occupancy_needs_its_labels():
+    with pytest.raises(ConfigError, match=r"data\.occupancy=false leaves nothing to learn from"):
+        occupancy_recipe("town-occupancy", Path("p")).with_overrides(["data.occupancy=false"])
 
 
 def test_an_unknown_recipe_names_the_nearest_of_its_kind():
