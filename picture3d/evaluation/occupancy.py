@@ -113,7 +113,7 @@ class OccupancyMatrix:
                 f"{where or 'scores'}: the truth lies on {truth.grid}, the prediction on {prediction.grid}. Write predictions "
                 "on the grid of the labels."
             )
-        keys = np.union1d(truth.keys, prediction.keys)
+        keys = _union(truth.keys, prediction.keys)
         self._matrix.add(_labels_at(truth, keys), _labels_at(prediction, keys), where=where)
         self._matrix.counts[FREE, FREE] += truth.grid.cells - len(keys)
         self._frames += 1
@@ -147,6 +147,12 @@ class OccupancyMatrix:
             cells=found.num_points,
             ignored=found.num_ignored,
         )
+
+
+def _union(one: NDArray[np.int64], two: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Every key of two rising arrays once, rising: merging two runs is many times quicker than hashing their members."""
+    keys = np.sort(np.concatenate([one, two]), kind="stable")
+    return keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys
 
 
 def _labels_at(occupancy: Occupancy, keys: NDArray[np.int64]) -> NDArray[np.uint8]:

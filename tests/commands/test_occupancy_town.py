@@ -92,7 +92,9 @@ def test_the_labels_score_one_and_a_shifted_copy_does_not(town, tmp_path):
 
 def test_a_network_is_trained_and_scored_and_its_files_score_the_same(town, tmp_path):
     # Two steps would leave most of the space occupied, and the file larger than label files may be.
-    config = tiny(occupancy_recipe("town-occupancy", town / "prepared")).with_overrides(["training.max_steps=60"])
+    config = tiny(occupancy_recipe("town-occupancy", town / "prepared")).with_overrides(
+        ["training.max_steps=25", "training.optim.peak_lr=5e-2"]
+    )
     run_finetuning(config, tmp_path / "run", False, "cpu", 1)
     words = ("evaluate", tmp_path / "run", "--threads", 1)
     scores = json.loads(run(*words, "--json").splitlines()[-1])
