@@ -1,7 +1,7 @@
 """What pre-training is worth on the synthetic town, in runs of a minute or two: labels, masks, targets, encoders.
 
     python benchmarks/evidence.py labels|masks|targets|probes --work FOLDER [--budget SECONDS] [--seeds 0,1,2] [--only TEXT]
-    python benchmarks/evidence.py bounds --work FOLDER
+    python benchmarks/evidence.py bounds|hidden --work FOLDER
     python benchmarks/evidence.py show
 
 Everything goes through the commands a user types. A finished row is a JSON file below `benchmarks/evidence/`, named after what
@@ -15,6 +15,7 @@ FOLDER and may be thrown away. No new row is begun after `--budget` seconds.
              and with features whitened, told of visible voxels, both
     probes   probes of the teacher and of an encoder that was never trained
     bounds   the loss on hidden features of predictions that know the mean, the height, or the nearest visible voxels
+    hidden   what masks hide: of each class, and how many superclasses of a sweep wholly or not at all
 
 Seconds of a row are by the clock; `cpu_seconds` is what the process computed, which other work on the machine changes less.
 """
@@ -41,14 +42,19 @@ from picture3d.commands.experiment import Plan, label_efficiency_experiment
 from picture3d.commands.experiment_page import SCRATCH, read_cells
 from picture3d.commands.prepare import prepare_nuscenes
 from picture3d.commands.probe import probe
+from picture3d.commands.score import aligned
 from picture3d.commands.train import run_pretraining
+from picture3d.datasets.label_sets import NUSCENES_16
 from picture3d.evaluation.label_efficiency import label_efficiency, markdown_table
 from picture3d.files import read_json_object, write_json
 from picture3d.ops.scatter import segment_mean
 from picture3d.ops.voxelize import assign_voxels
+from picture3d.pretrain.mask_lab import voxel_places
+from picture3d.pretrain.masking import MaskConfig, choose_hidden
 from picture3d.pretrain.targets import voxel_targets
 from picture3d.recipes.catalogue import pretraining_recipe
 from picture3d.recipes.configs import PretrainConfig
+from picture3d.tasks.probe import voxel_labels
 from picture3d.training.runlog import describe_environment
 
 ROWS = Path(__file__).parent / "evidence"
@@ -85,6 +91,7 @@ _MASKS = {
     "literal": ("mask.intra_class=literal", "mask.min_ratio=0"),
     "default": (),
 }
+_RANDOM_60 = ("mask.kind=random", "mask.target_ratio=0.6")
 _TARGETS = {
     "town 1:0": ("town-picture", ("loss.features_weight=0",)),
     "town 1:1": ("town-picture", (f"loss.features_weight={_THIRD}",)),
@@ -97,6 +104,8 @@ _TARGETS = {
         "town-picture-visible",
         ("loss.features_weight=0", "loss.coordinates_weight=0", "mask.kind=random", "mask.target_ratio=0"),
     ),
+    "town 1:0 random 60": ("town-picture", ("loss.features_weight=0", *_RANDOM_60)),
+    "town whitened visible random 60": ("town-picture-visible", _RANDOM_60),
     "handcrafted": ("town-handcrafted", ()),
     "handcrafted whitened visible": (
         "town-handcrafted",
@@ -285,6 +294,36 @@ def bounds(data: Path, frames: int = 6) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
+def hidden(data: Path, frames: int = 16) -> str:
+    """Per cent of each class's voxels that masks hide at 20 and 60 %, and of superclasses that they hide wholly or never."""
+    names = NUSCENES_16.train_names[1:]
+    rows: list[tuple[str, ...]] = [("mask", "wholly", "never", *names)]
+    for kind, settings in _MASKS.items():
+        for ratio in (0.2, 0.6):
+            changes = [*NETWORK, *settings, f"mask.target_ratio={ratio}", "data.labels=true"]
+            config = pretraining_recipe("town-picture", data).with_overrides(changes)
+            batches = training_batches(config, build_targets(config.targets, data, torch.device("cpu")))
+            generator = torch.Generator().manual_seed(0)
+            lost, there, shares = torch.zeros(17), torch.zeros(17), []
+            for batch in itertools.islice(batches.epoch(0, 0), frames):
+                assignment = assign_voxels(batch.xyz, batch.sample, 1, config.grid.grid)
+                coords, stored = assignment.coords, MaskConfig()
+                told = voxel_targets(batch, assignment, config.mask, generator)
+                places, sample = voxel_places(coords, config.grid.grid), coords[:, 0].long()
+                gone = choose_hidden(told.features, told.superclass, sample, 1, config.mask, generator, places)
+                superclass = voxel_targets(batch, assignment, stored, generator).superclass
+                shares += [float(gone[superclass == found].float().mean()) for found in superclass.unique() if found >= 0]
+                assert batch.labels is not None
+                label = voxel_labels(batch.labels, assignment)
+                lost, there = lost + label[gone].bincount(minlength=17), there + label.bincount(minlength=17)
+            by_class = [f"{100 * float(share):.0f}" for share in (lost / there.clamp(min=1))[1:]]
+            extremes = [
+                f"{100 * sum(map(test, shares)) / len(shares):.0f}" for test in (lambda x: x > 0.99, lambda x: x < 0.01)
+            ]
+            rows.append((f"{kind} {100 * ratio:.0f}", *extremes, *by_class))
+    return "\n".join(aligned(list(zip(*rows, strict=True))))
+
+
 def show() -> None:
     """All rows as tables."""
     for folder in sorted(ROWS.glob(f"{LABELS}*")):
@@ -305,7 +344,7 @@ def show() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("labels", "masks", "targets", "probes", "bounds", "show"))
+    parser.add_argument("part", choices=("labels", "masks", "targets", "probes", "bounds", "hidden", "show"))
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--budget", type=float, default=1e9)
     parser.add_argument("--seeds", default="0,1,2")
@@ -320,6 +359,9 @@ def main() -> None:
     match args.part:
         case "bounds":
             print("\n".join(f"{name:32s}{value:.5f}" for name, value in bounds(data).items()))
+            return
+        case "hidden":
+            print(hidden(data))
             return
         case "labels":
             rows = label_rows(data, args.work, seeds)
