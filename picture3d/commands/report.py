@@ -23,7 +23,7 @@ from picture3d.files import read_json_object
 from picture3d.ops.voxelize import assign_voxels
 from picture3d.pretrain.picture import PretrainTask
 from picture3d.recipes.catalogue import RunConfig
-from picture3d.recipes.configs import DetectionConfig, PretrainConfig, SegmentationConfig
+from picture3d.recipes.configs import DetectionConfig, OccupancyConfig, PretrainConfig, SegmentationConfig
 from picture3d.structures.batch import PointBatch
 from picture3d.tasks.segmentation import SegmentationTask
 from picture3d.training.checkpoint import load_into, load_weights
@@ -169,8 +169,24 @@ def _curves(runs: list[Run]) -> list[CurveGroup]:
     return groups
 
 
-_CURVES = (("Pre-training", PretrainConfig), ("Fine-tuning", SegmentationConfig), ("Fine-tuning of detectors", DetectionConfig))
-_TERMS = ("total", "coordinates", "features", "visible_features", "hidden_share", "cross_entropy", "lovasz", "accuracy")
+_CURVES = (
+    ("Pre-training", PretrainConfig),
+    ("Fine-tuning", SegmentationConfig),
+    ("Fine-tuning of detectors", DetectionConfig),
+    ("Fine-tuning of occupancy", OccupancyConfig),
+)
+_TERMS = (
+    "total",
+    "coordinates",
+    "features",
+    "visible_features",
+    "hidden_share",
+    "cross_entropy",
+    "semantic",
+    "geometric",
+    "lovasz",
+    "accuracy",
+)
 _DETECTION_TERMS = ("heatmap", "regression", "iou", "iou_regression", "classification", "box")
 
 

@@ -37,6 +37,8 @@ _METRICS = {
     "visible_features": "teacher's features of visible voxels (Smooth-L1)",
     "hidden_share": "share of voxels hidden",
     "cross_entropy": "cross entropy",
+    "semantic": "precision, recall, specificity of classes",
+    "geometric": "the same of being occupied",
     "lovasz": "Lovász loss",
     "accuracy": "share of points right",
     "lr": "learning rate",

@@ -123,6 +123,22 @@ def test_moving_every_point_by_a_classified_cell_moves_the_height_detail_by_one(
     assert before.abs().sum() > 0
 
 
+def test_what_stands_at_a_place_is_told_of_that_place_by_the_map():
+    """A second point far off, at large x and small y, changes the volumes there and nowhere else."""
+    net = task_of().module.eval()
+    torch.nn.init.zeros_(net.from_voxels.weight)  # the map alone
+    seen: list[list[Tensor]] = []
+    net.dense_head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    xyz = torch.tensor([[-7.8, 7.8, 0.1], [7.8, -7.8, 0.1]])
+    with torch.no_grad():
+        for count in (1, 2):
+            net(PointBatch(xyz[:count], torch.full((count, 1), 0.5), torch.zeros(count, dtype=torch.int64), 1, ("a",)))
+    for (before, after), side in zip(zip(*seen, strict=True), (16, 8), strict=True):
+        _, x, y, _ = ((after - before).abs().amax(1) > 1e-6).nonzero().unbind(1)
+        assert len(x) > 0
+        assert int(x.min()) >= side // 2 > int(y.max())
+
+
 def test_a_cell_gets_the_mean_of_its_voxels():
     net, batch = task_of().module, batch_of(200, 2)
     voxels = net.vfe(batch).voxels
