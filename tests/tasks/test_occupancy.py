@@ -124,7 +124,7 @@ def test_moving_every_point_by_a_classified_cell_moves_the_height_detail_by_one(
 
 
 def test_what_stands_at_a_place_is_told_of_that_place_by_the_map():
-    """A second point far off, at large x and small y, changes the volumes there and nowhere else."""
+    """A second point far off, at large x and small y, changes the volumes there."""
     net = task_of().module.eval()
     torch.nn.init.zeros_(net.from_voxels.weight)  # the map alone
     seen: list[list[Tensor]] = []
@@ -136,7 +136,8 @@ def test_what_stands_at_a_place_is_told_of_that_place_by_the_map():
     for (before, after), side in zip(zip(*seen, strict=True), (16, 8), strict=True):
         _, x, y, _ = ((after - before).abs().amax(1) > 1e-6).nonzero().unbind(1)
         assert len(x) > 0
-        assert int(x.min()) >= side // 2 > int(y.max())
+        assert x.double().mean() > side / 2 > y.double().mean()
+        assert side < 16 or int(x.min()) >= 8 > int(y.max())  # coarser levels look further
 
 
 def test_a_cell_gets_the_mean_of_its_voxels():
