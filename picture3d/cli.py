@@ -713,7 +713,7 @@ def experiment_label_efficiency(
     data: Annotated[Path, typer.Option("--data", help="Folder of prepared frames, with stored targets for their recipes.")],
     methods: Annotated[
         str, typer.Option(help="scratch, or names of pre-training recipes, by comma; gains are over the first.")
-    ] = "scratch,town-coordinates,town-features,town-picture",
+    ] = "scratch,town-coordinates,town-picture,town-picture-visible",
     shares: Annotated[str, typer.Option(help="Shares of the labelled scenes, by comma.")] = "0.0625,0.25,1",
     seeds: Annotated[str, typer.Option(help="Seeds, by comma.")] = "0,1,2",
     recipe: Annotated[str, typer.Option("--recipe", help="Segmentation recipe of all cells.")] = "town-segmentation",
