@@ -264,14 +264,15 @@ class OccupancyTask:
         try:
             with torch.no_grad():
                 logits = self.module(batch).float()
-                return [self._of_frame(logits[index : index + 1]) for index in range(batch.batch_size)]
+                return [occupancy_of_logits(logits[index : index + 1], self.config) for index in range(batch.batch_size)]
         finally:
             self.module.train(training)
 
-    def _of_frame(self, logits: Tensor) -> Occupancy:
-        """The answer of one frame, (1, classes, X, Y, Z) logits."""
-        slabs = [best.cpu() for best in _best_of_slabs(logits, self.config.cell_ratio)]
-        return Occupancy.of_dense(torch.cat(slabs).numpy(), self.config.grid)
+
+def occupancy_of_logits(logits: Tensor, config: OccupancyTaskConfig) -> Occupancy:
+    """The occupied cells of one frame, from (1, classes, X, Y, Z) logits of the cells of `config.shape`."""
+    slabs = [best.cpu() for best in _best_of_slabs(logits, config.cell_ratio)]
+    return Occupancy.of_dense(torch.cat(slabs).numpy(), config.grid)
 
 
 def _best_of_slabs(logits: Tensor, ratio: int) -> Iterator[Tensor]:
