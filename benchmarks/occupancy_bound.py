@@ -1,8 +1,8 @@
-"""What the size of the classified cells leaves of an occupancy score: perfect answers on larger cells, scored on the labels' own.
+"""What the size of the classified cells leaves of an occupancy score: perfect answers on larger cells, scored on small ones.
 
     python benchmarks/occupancy_bound.py --data FOLDER [--frames 4] [--split val]
 
-FOLDER holds prepared frames with occupancy labels (`picture3d prepare occupancy`). The larger cells get the labels that training
+FOLDER holds prepared frames with occupancy labels (`picture3d prepare occupancy`). Larger cells get the labels that training
 would give them (`ops.coarse_labels`), are interpolated to the labels' cells as an answer is, and scored.
 """
 
