@@ -191,7 +191,9 @@ def label_file_name(dataset: PreparedDataset, log: str, token: str) -> Path:
     names = f"scene_{_scene(dataset, log)}", f"{token}.npy"
     for name in names:
         if Path(name).name != name:
-            raise DataError(f"{dataset.root}: log '{log}' has a token that cannot be the name of a file: {name!r}")
+            raise DataError(
+                f"{dataset.root}: log '{log}' has a token that cannot name a file: {name!r}. Prepare the frames again."
+            )
     return Path(names[0]) / "occupancy" / names[1]
 
 

@@ -303,7 +303,7 @@ def labels_of(batch: PointBatch, config: OccupancyTaskConfig) -> tuple[Tensor, T
     frames = ", ".join(batch.frame_names)
     if batch.occupancy_cell is None or batch.occupancy_class is None or batch.occupancy_grid is None:
         raise DataError(
-            f"{frames}: no occupancy labels. Attach them with `picture3d prepare occupancy`, and set data.occupancy=true."
+            f"{frames}: no occupancy labels. Run `picture3d prepare occupancy` to attach them, and set data.occupancy=true."
         )
     if batch.occupancy_grid != config.grid:
         raise DataError(
