@@ -26,7 +26,7 @@ from picture3d.models.transfusion_head import TransFusionConfig, TransFusionHead
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.detections import DetectedBoxes
 from picture3d.structures.voxels import VoxelGrid
-from picture3d.tasks.encoder import TaskEncoder
+from picture3d.tasks.encoder import TaskEncoder, frozen
 
 RawDetections = CenterMaps | TransFusionOutput
 
@@ -139,15 +139,10 @@ class DetectionTask:
 
         No gradients, running statistics in the norms; the network's mode is restored.
         """
-        training = self.module.training
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                output = self.module(batch)
-                head: _Head = self.module.dense_head
-                return head.decode(output)
-        finally:
-            self.module.train(training)
+        with frozen(self.module):
+            output = self.module(batch)
+            head: _Head = self.module.dense_head
+            return head.decode(output)
 
 
 def boxes_of(batch: PointBatch, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:

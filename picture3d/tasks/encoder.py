@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from picture3d.errors import CheckpointError
@@ -32,6 +34,18 @@ class JoinedFeatures:
     feats: Tensor  # (M, 2 C): final token of the voxel's pillar, then the voxel's own feature after stage 0
     assignment: VoxelAssignment  # the M voxels, and which of the N points are inside which
     point_features: Tensor  # (K, C) of the point encoder, before the maximum over each voxel
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients, running statistics in the norms; the module's mode is restored."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
 
 
 class TaskEncoder(nn.Module):

@@ -35,7 +35,7 @@ from picture3d.structures.batch import PointBatch
 from picture3d.structures.cylinder import CylinderGrid
 from picture3d.structures.occupancy import IGNORED, Occupancy, OccupancyGrid
 from picture3d.structures.voxels import SparseVoxels, VoxelGrid
-from picture3d.tasks.encoder import TaskEncoder
+from picture3d.tasks.encoder import TaskEncoder, frozen
 
 Triple = tuple[int, int, int]
 _SLAB = 8  # classified cells along x whose interpolated logits are in memory at a time
@@ -259,14 +259,9 @@ class OccupancyTask:
         No gradients, running statistics in the norms; the network's mode is restored. Interpolated logits are never in memory
         whole (0.7 GB for 512 x 512 x 40 cells and 17 classes) but slab by slab.
         """
-        training = self.module.training
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                logits = self.module(batch).float()
-                return [occupancy_of_logits(logits[index : index + 1], self.config) for index in range(batch.batch_size)]
-        finally:
-            self.module.train(training)
+        with frozen(self.module):
+            logits = self.module(batch).float()
+            return [occupancy_of_logits(logits[index : index + 1], self.config) for index in range(batch.batch_size)]
 
 
 def occupancy_of_logits(logits: Tensor, config: OccupancyTaskConfig) -> Occupancy:

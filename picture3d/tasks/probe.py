@@ -11,8 +11,8 @@ The encoder runs with the running statistics of its norms and is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from picture3d.ops.scatter import segment_count, segment_mean
 from picture3d.ops.voxelize import VoxelAssignment, assign_voxels
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.voxels import VoxelGrid
-from picture3d.tasks.encoder import JoinedFeatures
+from picture3d.tasks.encoder import JoinedFeatures, frozen
 from picture3d.tasks.outside import classes_of_points
 from picture3d.tasks.readouts import (
     FeatureRank,
@@ -207,19 +207,9 @@ def voxel_labels(labels: Tensor, assignment: VoxelAssignment) -> Tensor:
     return torch.where(count.sum(1) > 0, best, IGNORED)
 
 
-@contextmanager
-def _frozen(encoder: FeatureEncoder) -> Iterator[None]:
-    """No gradients, running statistics in the norms; the mode is restored."""
-    module = encoder if isinstance(encoder, nn.Module) else None
-    training = module is not None and module.training
-    if module is not None:
-        module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        if module is not None:
-            module.train(training)
+def _frozen(encoder: FeatureEncoder) -> AbstractContextManager[None]:
+    """An encoder that is a network looks on as it is; a teacher's features need nothing."""
+    return frozen(encoder) if isinstance(encoder, nn.Module) else nullcontext()
 
 
 def _device(encoder: FeatureEncoder) -> torch.device:

@@ -31,7 +31,7 @@ from picture3d.ops.scatter import gather_rows, segment_mean
 from picture3d.ops.voxelize import VoxelAssignment
 from picture3d.structures.batch import PointBatch
 from picture3d.structures.voxels import VoxelGrid
-from picture3d.tasks.encoder import JoinedEncoder
+from picture3d.tasks.encoder import JoinedEncoder, frozen
 from picture3d.tasks.outside import classes_of_points
 
 IGNORED = 0  # training class 0: no part of losses and scores, never predicted
@@ -177,13 +177,8 @@ class SegmentationTask:
             batch: the points.
             wanted: (N,) bool, points outside the grid that are to be answered at all; None: every one.
         """
-        training = self.module.training
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                answer = self.module(batch)
-        finally:
-            self.module.train(training)
+        with frozen(self.module):
+            answer = self.module(batch)
         logits, assignment = answer.logits.float(), answer.assignment
         voxel_logits = segment_mean(logits, assignment.voxel_of_point, assignment.num_voxels)
         return classes_of_points(
