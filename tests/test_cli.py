@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from typer.main import get_group
 from typer.testing import CliRunner
 
 from picture3d import __version__
@@ -50,11 +51,10 @@ def test_every_command_explains_itself(command):
 
 
 def test_every_command_is_in_the_list_above():
-    found = {(c.name or (c.callback.__name__ if c.callback else ""),) for c in app.registered_commands}
-    for group in app.registered_groups:
-        assert group.typer_instance is not None
-        found.add((str(group.name),))
-        found |= {(str(group.name), str(c.name)) for c in group.typer_instance.registered_commands}
+    found = set()
+    for name, command in get_group(app).commands.items():
+        found.add((name,))
+        found |= {(name, below) for below in getattr(command, "commands", {})}
     assert found == {tuple(c) for c in COMMANDS}
 
 
