@@ -26,7 +26,6 @@ from picture3d.errors import DataError
 from picture3d.files import whole_file
 from picture3d.formats.remote import remote_url
 from picture3d.structures.frame import Frame
-from picture3d.structures.poses import Pose
 from picture3d.training.runlog import Progress
 
 _FINDINGS_SHOWN = 5  # of one kind
@@ -163,15 +162,14 @@ def _draw(dataset: PreparedDataset, key: FrameKey, out: Path) -> Path:
     """One frame from above with its boxes, coloured by class where it is labelled, by height otherwise; the car looks up."""
     from picture3d.view.box_overlay import draw_boxes
     from picture3d.view.colors import label_colors, ramp_colors
-    from picture3d.view.pictures import bird_eye, png_bytes
+    from picture3d.view.pictures import bird_eye, page_from_lidar, png_bytes
 
     frame: Frame = dataset.frame(key)
     if frame.labels is not None and dataset.label_set is not None:
         colors = label_colors(dataset.label_set.to_train(frame.labels), dataset.label_set.train_names)
     else:
         colors = ramp_colors(frame.points.xyz[:, 2])
-    # Sensors differ in where the car looks; on the page it looks up.
-    upright = Pose(Pose.from_yaw(np.pi / 2).rotation @ frame.ego_from_lidar.rotation, np.zeros(3))
+    upright = page_from_lidar(frame.ego_from_lidar)
     picture = bird_eye(upright.apply(frame.points.xyz), colors, size_px=960)
     if frame.boxes is not None and len(frame.boxes):
         boxes = frame.boxes

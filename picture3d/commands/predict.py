@@ -295,15 +295,16 @@ def _write_picture(path: Path, prediction: Prediction, network: _Network) -> Non
 def _picture(prediction: Prediction, names: tuple[str, ...]) -> bytes:
     from picture3d.view.box_overlay import draw_boxes
     from picture3d.view.colors import class_colors, label_colors, ramp_colors
-    from picture3d.view.pictures import bird_eye, png_bytes
+    from picture3d.view.pictures import bird_eye, page_from_lidar, png_bytes
 
+    upright = page_from_lidar(prediction.frame.ego_from_lidar)
     if prediction.occupancy is not None:  # from above: the highest occupied cell of each column
         cells = prediction.occupancy
         column = cells.index[:, 0].astype(np.int64) * cells.grid.shape[1] + cells.index[:, 1]
         highest = np.flatnonzero(np.diff(column, append=-1))  # cells are sorted by x, y, z
         colors = label_colors(cells.label[highest].astype(np.int64), names)
-        return png_bytes(bird_eye(cells.centres[highest].astype(np.float32), colors, size_px=960))
-    xyz = prediction.frame.points.xyz
+        return png_bytes(bird_eye(upright.apply(cells.centres[highest].astype(np.float32)), colors, size_px=960))
+    xyz = upright.apply(prediction.frame.points.xyz)
     if prediction.labels is not None:
         return png_bytes(bird_eye(xyz, label_colors(prediction.labels, names), size_px=960))
     picture = bird_eye(xyz, ramp_colors(xyz[:, 2], limits=(-3.0, 3.0)), size_px=960)
@@ -312,7 +313,8 @@ def _picture(prediction: Prediction, names: tuple[str, ...]) -> bytes:
         table = class_colors(names)
         r_g_b = [tuple(int(part) for part in table[label]) for label in prediction.boxes.labels.tolist()]
         colors = [(red, green, blue) for red, green, blue in r_g_b]
-        picture = draw_boxes(picture, boxes[:, :3], boxes[:, 3:6], boxes[:, 6], colors=colors)
+        center, yaw = upright.apply(boxes[:, :3]), boxes[:, 6] + upright.yaw
+        picture = draw_boxes(picture, center, boxes[:, 3:6], yaw, colors=colors)
     return png_bytes(picture)
 
 

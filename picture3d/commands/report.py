@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +240,7 @@ def _scene(runs: list[Run], dataset: PreparedDataset, key: FrameKey, device: tor
             task = build_segmentation(run.config, device)
             load_into(task.module, load_weights(run.folder.path).tensors)
             values["predictions"][_short(run.name)] = _predicted(task, run.config, dataset, key)[near]
+    values["heading_deg"] = math.degrees(frame.ego_from_lidar.inverse().yaw)
     return SceneView(name=f"{key.log}, sweep {key.index}", xyz=xyz[near], intensity=frame.points.intensity[near], **values)
 
 

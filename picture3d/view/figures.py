@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from picture3d.structures.poses import Pose
 from picture3d.view import colors as c
 from picture3d.view.pictures import BACKGROUND, Camera, bird_eye, contact_sheet, perspective
 from picture3d.view.report_data import SceneView
@@ -200,7 +201,10 @@ def close_camera(scene: SceneView) -> Camera:
 
 
 def _above(scene: SceneView, colors: c.Colors, size_px: int) -> Image.Image:
-    return bird_eye(scene.xyz, colors, extent_m=EXTENT_M, size_px=size_px, point_px=2.4, labelled_rings=False)
+    upright = Pose.from_yaw(np.radians(90.0 - scene.heading_deg))  # the car looks up
+    shown = np.isfinite(scene.xyz).all(1)
+    xyz, colors = upright.apply(scene.xyz[shown]), colors[shown]
+    return bird_eye(xyz, colors, extent_m=EXTENT_M, size_px=size_px, point_px=2.4, labelled_rings=False)
 
 
 def background_css() -> str:

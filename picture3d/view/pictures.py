@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from picture3d.structures.poses import Pose
 from picture3d.view.colors import Colors, Rgb
 
 BACKGROUND: Rgb = (13, 18, 25)
@@ -53,6 +54,11 @@ class Camera:
         depth = seen[:, 2]
         pixels = seen[:, :2] * (focal / np.where(np.abs(depth) < 1e-9, 1e-9, depth))[:, None] + np.array(size_px) / 2
         return pixels, depth
+
+
+def page_from_lidar(ego_from_lidar: Pose) -> Pose:
+    """Turns a LiDAR frame until the car looks up the page of :func:`bird_eye`; some look along x, some along y."""
+    return Pose(Pose.from_yaw(np.pi / 2).rotation @ ego_from_lidar.rotation, np.zeros(3))
 
 
 def bird_eye(

@@ -84,6 +84,15 @@ def test_pictures_are_one_file_or_a_folder(place, tmp_path):
     assert (with_boxes != without).any(2).sum() > 100, "boxes are drawn"
     do("predict", place / "segment", "--out", tmp_path / "many", "--format", "picture")
     assert len(list((tmp_path / "many").glob("*.png"))) == 2
+    ahead = np.column_stack([np.linspace(20, 40, 500), np.zeros((500, 2)), np.ones(500)]).astype(np.float32)
+    for name, sweep in (("up", ahead), ("empty", ahead[:1] + 90)):  # one in sight, one out of it
+        np.save(tmp_path / f"{name}.npy", sweep)
+        words = ("--points", tmp_path / f"{name}.npy", "--intensity", "0-1", "--out", tmp_path / f"{name}.png")
+        do("predict", place / "center", *words, "--min-score", 2)
+    up, empty = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("up", "empty"))
+    rows, columns = np.nonzero((up != empty).any(2))
+    assert abs(np.median(columns) - 480) <= 2, "x is ahead in a sweep file's frame, and the car looks up"
+    assert rows.max() < 480 - 20 * 9.6 + 3
     with pytest.raises(ConfigError, match="is one picture, there are more frames"):
         do("predict", place / "segment", "--out", tmp_path / "no.png")
     assert not (tmp_path / "no.png").exists()

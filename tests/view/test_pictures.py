@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from picture3d.structures.poses import Pose
 from picture3d.view import pictures
 from picture3d.view.pictures import BACKGROUND, Camera
 
@@ -34,6 +35,13 @@ def test_bird_eye_puts_a_point_on_its_pixel(x: float, y: float, column: int, row
     shown = pixels(image)
     assert tuple(shown[row, column]) == (255, 0, 0)
     assert (shown.reshape(-1, 3) == (255, 0, 0)).all(1).sum() == 1
+
+
+@pytest.mark.parametrize("yaw_deg", [0, -90, 17])
+def test_on_the_page_the_car_looks_up(yaw_deg: float):
+    ego_from_lidar = Pose.from_yaw(np.radians(yaw_deg), (1.0, 2.0, 3.0))
+    ahead = ego_from_lidar.inverse().rotation @ (10.0, 0.0, 0.0)  # in the LiDAR frame
+    np.testing.assert_allclose(pictures.page_from_lidar(ego_from_lidar).apply(ahead[None]), [[0, 10, 0]], atol=1e-12)
 
 
 def test_bird_eye_follows_its_centre_and_averages_down():

@@ -12,7 +12,7 @@ from PIL import Image
 
 from picture3d.errors import DataError
 from picture3d.evaluation.segmentation import ConfusionMatrix
-from picture3d.view.figures import overview_picture
+from picture3d.view.figures import overview_picture, scene_figures
 from picture3d.view.report import render_report, report_html
 from picture3d.view.report_data import (
     LIDARSEG_CLASSES,
@@ -267,6 +267,16 @@ def test_curves_come_from_the_lines_of_a_metrics_file():
     np.testing.assert_array_equal(curves["total"].steps, [10, 20])
     np.testing.assert_array_equal(curves["total"].values, [2, 1])
     assert curves_from_records(records, ["features"]) == {}
+
+
+def test_wherever_the_sensor_looks_the_car_looks_up():
+    scene = make_scene()
+    turned = replace(scene, xyz=scene.xyz[:, [1, 0, 2]] * np.float32([1, -1, 1]), heading_deg=0.0)  # y ahead becomes x ahead
+    seen = [scene_figures(s, scene_modes(s, LIDARSEG_CLASSES), LIDARSEG_CLASSES) for s in (scene, turned)]
+    from_above = [[panel for figure in figures for panel in figure.panels if panel.label.startswith("by ")] for figures in seen]
+    assert len(from_above[0]) == len(from_above[1]) > 1
+    for one, other in zip(*from_above, strict=True):
+        assert np.array_equal(np.asarray(one.image), np.asarray(other.image))
 
 
 def test_an_overview_shows_the_method_in_six_panels():
