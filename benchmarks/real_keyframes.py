@@ -1,6 +1,6 @@
 """PICTURE on seven real nuScenes keyframes: pre-train on 0-4, fine-tune lidarseg on some of them, score on 5-6.
 
-    python benchmarks/real_keyframes.py --data FOLDER --work FOLDER [--pretrain-steps 120] [--finetune-steps 100] [--seeds 1]
+    python benchmarks/real_keyframes.py --data FOLDER --work FOLDER [--pretrain-steps 120] [--finetune-steps 100] [--seeds 0]
         [--labelled 2] [--others FOLDER] [--small] [--rows FOLDER]
 
 FOLDER holds `pc/pc*.npy` (x y z intensity), `pc_seman/pc_seman_*.npy` (x y z label) and poses, as the public SurroundOcc demo
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--pretrain-steps", type=int, default=120)
     parser.add_argument("--finetune-steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", default="0", help="numbers by comma")
     parser.add_argument("--labelled", type=int, default=5, help="of keyframes 0-4, evenly spread")
     parser.add_argument(
         "--small", action="store_true", help="the small network of benchmarks/evidence.py and its learning rates"
@@ -131,7 +131,7 @@ def main() -> None:
     kept: Path = args.rows or work / "rows"
     kept.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    for seed in range(args.seeds):
+    for seed in (int(word) for word in args.seeds.split(",")):
         for name in ROWS:
             path = kept / f"{name}_{args.labelled}_{seed}.json"
             if path.is_file() or time.monotonic() - start > args.budget:
