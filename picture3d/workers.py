@@ -13,6 +13,11 @@ from typing import Any
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+def usable_cores() -> int:
+    """Cores this process may run on; fewer than the machine has where a scheduler or a container set some aside."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def worker_pool(
     processes: int, *, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()

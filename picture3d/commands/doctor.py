@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import multiprocessing
-import os
 import platform
 import shutil
 import statistics
@@ -21,6 +20,7 @@ from picture3d.ops.kernel_map import build_kernel_map
 from picture3d.ops.sparse_conv import sparse_conv
 from picture3d.training.host_memory import SWITCH, can_keep_freed_memory, keep_freed_memory
 from picture3d.training.threads import set_threads
+from picture3d.workers import usable_cores
 
 REQUIRED = ("torch", "numpy", "pydantic", "typer", "rich", "safetensors", "google-crc32c", "pillow", "scipy")
 # package -> what it is for, how to get it
@@ -59,7 +59,7 @@ def examine(folder: Path, threads: int) -> dict[str, Any]:
         "packages": {name: _version(name) for name in REQUIRED},
         "optional": {name: _version(name) for name in OPTIONAL},
         "missing": {name: {"for": OPTIONAL[name][0], "get": OPTIONAL[name][1]} for name in missing},
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": wanted,
         "keeps_freed_memory": can_keep_freed_memory(),
         "devices": _devices(),

@@ -22,6 +22,7 @@ from picture3d.structures.batch import PointBatch
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.occupancy import Occupancy
 from picture3d.structures.targets import FeatureSource
+from picture3d.workers import usable_cores
 
 __all__ = ["DataConfig", "FrameBatches", "Sample", "collate", "iterate_batches", "load_sample", "select_keyframes"]
 
@@ -59,7 +60,8 @@ class FrameBatches:
             config: which frames, and how they become input.
             batch_size: frames per batch of one process; `world` processes take one batch of `batch_size` x `world` together.
             seed: of the order and the augmentation.
-            workers: processes that load ahead; 0 loads in the caller. The cache of `config` lives in each of them.
+            workers: processes that load ahead, no more than there are cores; 0 loads in the caller. The cache of `config` lives
+                in each of them.
             targets: where teacher targets are found, if they are wanted; one source for all datasets or one for each of them.
             train: False gives every frame once, in order, un-augmented, the last incomplete batch included. Of one dataset.
             rank: which process this is, 0..world - 1. It gets its part of every batch: neighbouring frames, one more or less
@@ -133,7 +135,7 @@ class FrameBatches:
         loader = DataLoader(
             _Steps(self, epoch, steps),
             batch_size=None,
-            num_workers=self.workers,
+            num_workers=min(self.workers, usable_cores()),
             prefetch_factor=2,
             generator=torch.Generator(),
         )

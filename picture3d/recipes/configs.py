@@ -98,7 +98,9 @@ class PretrainConfig(FrozenConfig):
     hierarchy: HierarchyConfig = HierarchyConfig()
     gate: GateConfig = GateConfig()
     training: TrainingConfig
-    workers: int = Field(default=0, ge=0, description="processes that load ahead; 0 loads in the training process")
+    workers: int = Field(
+        default=0, ge=0, description="processes that load ahead, at most one per core; 0: none, the training loads"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -159,7 +161,9 @@ class FinetuneConfig(FrozenConfig):
     training: TrainingConfig
     pretrained: Path | None = Field(default=None, description="run folder or checkpoint of a pre-training; null: from scratch")
     allow_partial: bool = Field(default=False, description="accept an encoder that fits only in part")
-    workers: int = Field(default=0, ge=0, description="processes that load ahead; 0 loads in the training process")
+    workers: int = Field(
+        default=0, ge=0, description="processes that load ahead, at most one per core; 0: none, the training loads"
+    )
 
     @model_validator(mode="after")
     def _encoder_fits(self) -> Self:

@@ -69,7 +69,7 @@ def test_a_batch_is_a_function_of_seed_epoch_and_step(root):
     assert other[0].frame_names != whole[0].frame_names or not torch.equal(other[0].xyz, whole[0].xyz)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, 1000])
 def test_workers_change_no_number(root, workers):
     here = list(FrameBatches(config(root), batch_size=3, seed=3, targets=RowNumbers()).epoch(2, start_step=1))
     torch.manual_seed(0)
