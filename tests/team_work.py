@@ -20,12 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from picture3d.commands.build import build_detection, build_picture, build_segmentation, training_batches
+from picture3d.commands.build import build_detection, build_occupancy, build_picture, build_segmentation, training_batches
 from picture3d.commands.score import evaluate_together
+from picture3d.datasets.openoccupancy import NUSCENES_OCCUPANCY, attach_occupancy
+from picture3d.datasets.prepared import PreparedDataset
 from picture3d.errors import TrainingError
 from picture3d.models.row_norm import MapBatchNorm, RowBatchNorm, SequenceBatchNorm, shared_batch_norm
 from picture3d.ops.processes import computing_together, mean_count, rand_rows
-from picture3d.recipes.catalogue import detection_recipe, pretraining_recipe, segmentation_recipe, tiny
+from picture3d.recipes.catalogue import detection_recipe, occupancy_recipe, pretraining_recipe, segmentation_recipe, tiny
 from picture3d.structures.frame import Frame
 from picture3d.structures.poses import Pose
 from picture3d.structures.targets import FrameTargets
@@ -41,11 +43,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "accumulated": {"accumulate": 2},
     "visible": {},
     "segmentation": {},
+    "occupancy": {},
 }
 MORE: dict[str, dict[str, Any]] = {"bf16": {"precision": "bf16"}}
 DETECTORS: dict[str, dict[str, Any]] = {"center": {}, "transfusion": {}}
 # In float32 weights whose gradients are rounding errors take steps of Adam's full size; whitened targets have more of them.
-IN_DOUBLE = {*DETECTORS, "visible"}
+IN_DOUBLE = {*DETECTORS, "visible", "occupancy"}
 
 
 def launch(work: str, *paths: Path, processes: int = 2, timeout_s: float = 120, **environment: str) -> Any:
@@ -66,7 +69,16 @@ def made_data(root: Path) -> Path:
             assert frame.boxes is not None
             yield replace(frame, boxes=replace(frame.boxes, category=("vehicle.car", "pedestrian", "Vehicle")))
 
-    return write_made_dataset(root, {"log": list(sweeps())}, splits={"train": ["log"]})
+    frames = list(sweeps())
+    write_made_dataset(root, {"log": frames}, splits={"train": ["log"]}, source={"scene": "log"})
+    for frame in frames:
+        cells, _ = NUSCENES_OCCUPANCY.locate(frame.points.xyz)
+        cells = np.unique(cells, axis=0)
+        path = root / "labels" / "scene_log" / "occupancy" / f"{frame.token}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.column_stack([cells[:, ::-1], 1 + np.arange(len(cells)) % 16]))
+    attach_occupancy(root / "labels", PreparedDataset(root))
+    return root
 
 
 def made_runs(root: Path) -> Path:
@@ -150,7 +162,7 @@ def train(name: str, data: Path, out: Path, team: Team, *, batch_size: int, resu
     def shrunk(config: Any) -> Any:
         small = tiny(config)
         also = {"training": small.training.model_copy(update=updates)}
-        if name == "segmentation":  # the one loss that does not fall apart into rows
+        if name in {"segmentation", "occupancy"}:  # the one loss that is neither a sum over rows nor a function of sums
             also["task"] = small.task.model_copy(update={"lovasz_weight": 0.0})
         return small.model_copy(
             update={**also, "data": small.data.model_copy(update={"every": 1, "drop_last": False, "cache_bytes": 2**28})}
@@ -159,6 +171,9 @@ def train(name: str, data: Path, out: Path, team: Team, *, batch_size: int, resu
     if name == "segmentation":
         config = shrunk(segmentation_recipe("town-segmentation", data))
         task, targets = build_segmentation(config, cpu), None
+    elif name == "occupancy":
+        config = shrunk(occupancy_recipe("town-occupancy", data))
+        task, targets = build_occupancy(config, cpu), None
     elif name in DETECTORS:
         recipe = {"center": "waymo-detection", "transfusion": "nuscenes-detection"}[name]
         config = shrunk(detection_recipe(recipe, data))

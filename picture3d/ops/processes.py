@@ -1,4 +1,4 @@
-"""What the processes of one training step share: counts, draws and the group they talk in. One process alone shares nothing.
+"""What the processes of a step share: counts, sums, draws and the group they talk in. One process alone shares nothing.
 
 A loss is a sum over rows divided by a count. Where W processes hold the rows of one batch, each divides its own sum by the mean
 of the counts; the mean of these W quotients, which is what averaged gradients follow, is then the sum over the whole batch
@@ -78,6 +78,19 @@ def mean_count(count: int | Tensor, like: Tensor) -> int | Tensor:
     dist.all_reduce(exact, group=_group)
     kind = torch.float64 if not isinstance(count, int) and count.dtype == torch.float64 else torch.float32
     return (torch.where(exact > 0, exact, 1.0) / dist.get_world_size(_group)).to(kind)
+
+
+def total_of_processes(own: Tensor) -> Tensor:
+    """The sum of all processes' tensors, for losses that are no sum over rows but a function of such sums.
+
+    Each process then has the loss of the whole batch. The gradient of its own part is taken once for every process, so that the
+    mean of the processes' gradients is that of one process with all rows.
+    """
+    if _group is None:
+        return own
+    total = own.detach().clone()
+    dist.all_reduce(total, group=_group)
+    return total + (own - own.detach()) * dist.get_world_size(_group)
 
 
 def rand_rows(rows: int, generator: torch.Generator, columns: tuple[int, ...] = ()) -> Tensor:

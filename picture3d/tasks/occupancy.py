@@ -29,6 +29,7 @@ from picture3d.models.dsvt import DsvtConfig, DsvtOutput
 from picture3d.models.occupancy_head import OccupancyHead
 from picture3d.ops.coarse_labels import Vote, coarse_labels
 from picture3d.ops.lovasz import lovasz_softmax
+from picture3d.ops.processes import mean_count
 from picture3d.ops.scatter import segment_mean
 from picture3d.ops.scene_affinity import geometric_affinity, semantic_affinity
 from picture3d.structures.batch import PointBatch
@@ -240,8 +241,9 @@ class OccupancyTask:
         logits, labels = rows[kept].float(), wanted[kept].long()
         found: dict[str, Tensor] = {}
         if config.cross_entropy_weight > 0:
-            weight = None if config.class_weights is None else logits.new_tensor(config.class_weights)
-            found["cross_entropy"] = F.cross_entropy(logits, labels, weight) if len(labels) else logits.sum()
+            weight = logits.new_tensor(config.class_weights or (1.0,) * config.num_classes)
+            summed = F.cross_entropy(logits, labels, weight, reduction="sum")
+            found["cross_entropy"] = summed / mean_count(weight[labels].sum(), logits)
         if config.semantic_weight > 0:
             found["semantic"] = semantic_affinity(logits, labels)
         if config.geometric_weight > 0:

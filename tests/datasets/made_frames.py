@@ -77,10 +77,11 @@ def write_made_dataset(
     *,
     splits: dict[str, list[str]] | None = None,
     label_set: str | None = "nuscenes-32",
+    **header: Any,
 ) -> Path:
     summaries = {}
     for log, frames in logs.items():
-        with LogWriter(log_path(root, log), LogHeader(log, "made", label_set)) as writer:
+        with LogWriter(log_path(root, log), LogHeader(log, "made", label_set, **header)) as writer:
             for frame in frames:
                 writer.add(frame)
         summaries[log] = writer.finished

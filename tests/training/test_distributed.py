@@ -103,7 +103,7 @@ def test_counts_are_means_over_the_processes_and_as_if_one_where_there_is_none(w
         assert [found.item() for found in of_ranks(work, f"count {key}")] == [value, value]
 
 
-@pytest.mark.parametrize("name", ["pretraining", "accumulated", "visible", "segmentation"])
+@pytest.mark.parametrize("name", ["pretraining", "accumulated", "visible", "segmentation", "occupancy"])
 def test_two_processes_give_the_losses_of_one_with_the_doubled_batch(work, name):
     two, one = lines(work / name), lines(work / f"one-{name}")
     assert len(two) == len(one) == (4 if name == "accumulated" else 6)
@@ -116,7 +116,7 @@ def test_two_processes_give_the_losses_of_one_with_the_doubled_batch(work, name)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=tolerance)
 
 
-@pytest.mark.parametrize("name", ["pretraining", "accumulated", "visible", "segmentation"])
+@pytest.mark.parametrize("name", ["pretraining", "accumulated", "visible", "segmentation", "occupancy"])
 def test_two_processes_end_with_the_weights_of_one_with_the_doubled_batch(work, name):
     two, one = team_work.weights(work / name), team_work.weights(work / f"one-{name}")
     assert list(two) == list(one)
