@@ -8,11 +8,11 @@ Everything goes through the commands a user types. A finished row is a JSON file
 it is; what is there is not done again, so the tables grow over days and machines. Data, run folders and checkpoints lie in
 FOLDER and may be thrown away. No new row is begun after `--budget` seconds.
 
-    labels   mIoU of fine-tuning from scratch, coordinates, features, PICTURE, GPICTURE, PICTURE with visible voxels told, at
-             1/16, 1/4 and all labels; probes
+    labels   mIoU of fine-tuning from scratch, coordinates, features, PICTURE, GPICTURE, PICTURE with visible voxels told, and
+             those told alone, at 1/16, 1/4 and all labels; probes
     masks    probes of PICTURE with random, block and I2Mask masks (literal, default) at 20, 40, 60, 75 % hidden
     targets  probes of PICTURE with the town teacher at loss weights 1:0, 1:1, 1:3, 0:1, hand-crafted features, self-teacher;
-             and with features whitened, told of visible voxels, both
+             and with features whitened, told of visible voxels, both, and nothing hidden
     probes   probes of the teacher and of an encoder that was never trained
     bounds   the loss on hidden features of predictions that know the mean, the height, or the nearest visible voxels
     hidden   what masks hide: of each class, and how many superclasses of a sweep wholly or not at all
@@ -77,7 +77,15 @@ PRETRAIN = (*NETWORK, "training.max_steps=1500", "training.optim.peak_lr=3e-3")
 FINETUNE = (*NETWORK, "task.head_channels=32", "training.max_steps=1000", "training.optim.peak_lr=5e-3")
 # Parts that only choose by the probe take half the steps.
 PROBED = (*NETWORK, "training.max_steps=750", "training.optim.peak_lr=3e-3")
-METHODS = (SCRATCH, "town-coordinates", "town-features", "town-picture", "town-gpicture", "town-picture-visible")
+METHODS = (
+    SCRATCH,
+    "town-coordinates",
+    "town-features",
+    "town-picture",
+    "town-gpicture",
+    "town-picture-visible",
+    "town-distillation",
+)
 LABELS = "labels"  # the folder of the main table; others, of earlier settings, begin with the same word
 SHARES = (0.0625, 0.25, 1.0)
 PROBE_SHARE = 0.25
@@ -91,6 +99,8 @@ _MASKS = {
     "literal": ("mask.intra_class=literal", "mask.min_ratio=0"),
     "default": (),
 }
+_WHITENED_VISIBLE = ("loss.features_scale=whitened", "loss.features_weight=10", "loss.visible_features_weight=10")
+_NOTHING_HIDDEN = ("mask.kind=random", "mask.target_ratio=0", "loss.features_weight=0", "loss.coordinates_weight=0")
 _RANDOM_60 = ("mask.kind=random", "mask.target_ratio=0.6")
 _TARGETS = {
     "town 1:0": ("town-picture", ("loss.features_weight=0",)),
@@ -100,17 +110,12 @@ _TARGETS = {
     "town whitened": ("town-picture", ("loss.features_scale=whitened", "loss.features_weight=10")),
     "town visible": ("town-picture", ("loss.visible_features_weight=20",)),
     "town whitened visible": ("town-picture-visible", ()),
-    "town nothing hidden": (
-        "town-picture-visible",
-        ("loss.features_weight=0", "loss.coordinates_weight=0", "mask.kind=random", "mask.target_ratio=0"),
-    ),
+    "town nothing hidden": ("town-distillation", ()),
     "town 1:0 random 60": ("town-picture", ("loss.features_weight=0", *_RANDOM_60)),
     "town whitened visible random 60": ("town-picture-visible", _RANDOM_60),
     "handcrafted": ("town-handcrafted", ()),
-    "handcrafted whitened visible": (
-        "town-handcrafted",
-        ("loss.features_scale=whitened", "loss.features_weight=10", "loss.visible_features_weight=10"),
-    ),
+    "handcrafted whitened visible": ("town-handcrafted", _WHITENED_VISIBLE),
+    "handcrafted nothing hidden": ("town-handcrafted", (*_WHITENED_VISIBLE, *_NOTHING_HIDDEN)),
     "ema": ("town-ema", ("targets.ema.ramp_steps=750",)),
 }
 

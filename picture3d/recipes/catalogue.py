@@ -22,6 +22,7 @@ _Recipe = TypeVar("_Recipe")
 PRETRAINING: dict[str, Callable[[Path], PretrainConfig]] = {
     "town-picture": pretraining.town_picture,
     "town-picture-visible": pretraining.town_picture_visible,
+    "town-distillation": pretraining.town_distillation,
     "town-sweeps-picture": pretraining.town_sweeps_picture,
     "town-coordinates": pretraining.town_coordinates,
     "town-features": pretraining.town_features,

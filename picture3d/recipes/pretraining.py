@@ -86,6 +86,18 @@ def town_picture_visible(data: Path) -> PretrainConfig:
     return base.model_copy(update={"recipe": "town-picture-visible", "loss": base.loss.model_copy(update=loss)})
 
 
+def town_distillation(data: Path) -> PretrainConfig:
+    """To compare with: nothing hidden, nothing rebuilt; the encoder tells whitened features of the voxels it sees."""
+    base = town_picture_visible(data)
+    return base.model_copy(
+        update={
+            "recipe": "town-distillation",
+            "mask": MaskConfig(kind="random", target_ratio=0.0),
+            "loss": base.loss.model_copy(update={"coordinates_weight": 0.0, "features_weight": 0.0}),
+        }
+    )
+
+
 def town_handcrafted(data: Path) -> PretrainConfig:
     """The same masks and budget as `town_picture`, with measured features (height, shape, density, echo) as targets."""
     base = town_picture(data)
