@@ -271,7 +271,8 @@ def test_curves_come_from_the_lines_of_a_metrics_file():
 
 def test_wherever_the_sensor_looks_the_car_looks_up():
     scene = make_scene()
-    turned = replace(scene, xyz=scene.xyz[:, [1, 0, 2]] * np.array([1, -1, 1], np.float32), heading_deg=0.0)  # y ahead becomes x ahead
+    x_ahead = scene.xyz[:, [1, 0, 2]] * np.array([1, -1, 1], np.float32)
+    turned = replace(scene, xyz=x_ahead, heading_deg=0.0)
     seen = [scene_figures(s, scene_modes(s, LIDARSEG_CLASSES), LIDARSEG_CLASSES) for s in (scene, turned)]
     from_above = [[panel for figure in figures for panel in figure.panels if panel.label.startswith("by ")] for figures in seen]
     assert len(from_above[0]) == len(from_above[1]) > 1
