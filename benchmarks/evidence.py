@@ -45,7 +45,7 @@ from picture3d.commands.probe import probe
 from picture3d.commands.score import aligned
 from picture3d.commands.train import run_pretraining
 from picture3d.datasets.label_sets import NUSCENES_16
-from picture3d.evaluation.label_efficiency import label_efficiency, markdown_table
+from picture3d.evaluation.label_efficiency import CellScore, label_efficiency, markdown_table
 from picture3d.files import read_json_object, write_json
 from picture3d.ops.scatter import segment_mean
 from picture3d.ops.voxelize import assign_voxels
@@ -86,6 +86,7 @@ METHODS = (
     "town-picture-visible",
     "town-distillation",
 )
+REAL_METHODS = (SCRATCH, "coordinates", "picture", "picture-visible")  # of real_keyframes.py: town-* recipes
 LABELS = "labels"  # the folder of the main table; others, of earlier settings, begin with the same word
 SHARES = (0.0625, 0.25, 1.0)
 PROBE_SHARE = 0.25
@@ -329,6 +330,13 @@ def hidden(data: Path, frames: int = 16) -> str:
     return "\n".join(aligned(list(zip(*rows, strict=True))))
 
 
+def real_table(folder: Path) -> str:
+    """The rows that `real_keyframes.py` left in a folder, as a table; share of labels is that of five keyframes."""
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    cells = [CellScore(row["method"], row["labelled"] / 5, row["seed"], row["miou"]) for row in rows]
+    return markdown_table(label_efficiency(cells, REAL_METHODS), measure="mIoU")
+
+
 def show() -> None:
     """All rows as tables."""
     for folder in sorted(ROWS.glob(f"{LABELS}*")):
@@ -336,6 +344,8 @@ def show() -> None:
         common = read_json_object(folder / "experiment.json", max_bytes=1 << 20)
         print(f"\n{folder.name}: pre-training {common['pretrain_set'][-2:]}, fine-tuning {common['finetune_set'][-2:]}")
         print(markdown_table(label_efficiency([cell for cell, _ in cells], methods), measure="mIoU"))
+    for folder in sorted(ROWS.glob("real*")):
+        print(f"\n{folder.name}\n{real_table(folder)}")
     for part in ("probes", "masks", "targets"):
         rows = [json.loads(path.read_text()) for path in sorted((ROWS / part).glob("*.json"))]
         print(f"\n{part}: seed, hidden %, linear, kNN, rank, seconds, processor seconds, MiB")

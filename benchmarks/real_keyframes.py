@@ -24,14 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.evidence import NETWORK
-from picture3d.evaluation.label_efficiency import CellScore, label_efficiency, markdown_table
+from benchmarks.evidence import NETWORK, REAL_METHODS, real_table
 from picture3d.files import write_json
 from picture3d.formats.feather import read_feather
 from picture3d.structures.poses import Pose
 from picture3d.training.runlog import describe_environment
-
-ROWS = ("scratch", "coordinates", "picture", "picture-visible")
 
 
 def lay_out(source: Path, work: Path) -> None:
@@ -132,7 +129,7 @@ def main() -> None:
     kept.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     for seed in (int(word) for word in args.seeds.split(",")):
-        for name in ROWS:
+        for name in REAL_METHODS:
             path = kept / f"{name}_{args.labelled}_{seed}.json"
             if path.is_file() or time.monotonic() - start > args.budget:
                 continue
@@ -158,9 +155,7 @@ def main() -> None:
             row |= {"pretrain_steps": args.pretrain_steps, "finetune_steps": args.finetune_steps, "small": args.small}
             row["others"] = args.others is not None
             write_json(path, {**row, "seconds": round(time.time() - begin, 1), "environment": describe_environment("cpu")})
-    rows = [json.loads(path.read_text()) for path in sorted(kept.glob(f"*_{args.labelled}_*.json"))]
-    cells = [CellScore(row["method"], row["labelled"] / 5, row["seed"], row["miou"]) for row in rows]
-    print(markdown_table(label_efficiency(cells, ROWS), measure="mIoU"))
+    print(real_table(kept))
 
 
 if __name__ == "__main__":
