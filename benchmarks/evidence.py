@@ -1,6 +1,7 @@
 """What pre-training is worth on the synthetic town, in runs of a minute or two: labels, masks, targets, encoders.
 
-    python benchmarks/evidence.py labels|masks|targets|probes --work FOLDER [--budget SECONDS] [--seeds 0,1,2] [--only TEXT]
+    python benchmarks/evidence.py labels|labels-random|masks|targets|probes --work FOLDER [--budget SECONDS] [--seeds 0,1,2]
+        [--only TEXT]
     python benchmarks/evidence.py bounds|hidden --work FOLDER
     python benchmarks/evidence.py show
 
@@ -10,6 +11,7 @@ FOLDER and may be thrown away. No new row is begun after `--budget` seconds.
 
     labels   mIoU of fine-tuning from scratch, coordinates, features, PICTURE, GPICTURE, PICTURE with visible voxels told, and
              those told alone, at 1/16, 1/4 and all labels; probes
+    labels-random  the same of the two PICTUREs with random masks of 60 %, at 1/16
     masks    probes of PICTURE with random, block and I2Mask masks (literal, default) at 20, 40, 60, 75 % hidden
     targets  probes of PICTURE with the town teacher at loss weights 1:0, 1:1, 1:3, 0:1, hand-crafted features, self-teacher;
              and with features whitened, told of visible voxels, both, and nothing hidden
@@ -169,14 +171,32 @@ def measured(row: dict[str, Any]) -> Iterator[None]:
     }
 
 
-def label_rows(data: Path, work: Path, seeds: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Missing cells of the label-efficiency experiment, each with what makes it; the fewest labels first, seed by seed."""
-    kept, folder = ROWS / LABELS, work / LABELS
+@dataclass(frozen=True, slots=True)
+class LabelTable:
+    """A label-efficiency experiment: the folder of its rows, and what is compared in it."""
+
+    folder: str
+    methods: tuple[str, ...] = METHODS
+    shares: tuple[float, ...] = SHARES
+    pretrain_set: tuple[str, ...] = PRETRAIN
+
+
+LABEL_TABLES = {
+    "labels": LabelTable(LABELS),
+    "labels-random": LabelTable(
+        f"{LABELS}_random_0.6", ("town-picture", "town-picture-visible"), SHARES[:1], (*PRETRAIN, *_RANDOM_60)
+    ),
+}
+
+
+def label_rows(table: LabelTable, data: Path, work: Path, seeds: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Missing cells of a label-efficiency experiment, each with what makes it; the fewest labels first, seed by seed."""
+    kept, folder = ROWS / table.folder, work / table.folder
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     for path in [*kept.glob("cells/*.json"), *kept.glob("experiment.json")]:
         shutil.copy(path, folder / path.relative_to(kept))
     common: dict[str, Any] = {"data": data, "finetune_set": FINETUNE, "probe_share": PROBE_SHARE}
-    common |= {"encoders": ENCODERS, "pretrain_set": PRETRAIN}
+    common |= {"encoders": ENCODERS, "pretrain_set": table.pretrain_set}
 
     def do(plan: Plan) -> None:
         label_efficiency_experiment(plan, folder, device="cpu", threads=1, as_json=True)
@@ -184,8 +204,8 @@ def label_rows(data: Path, work: Path, seeds: tuple[int, ...]) -> Iterator[tuple
         for path in [*folder.glob("cells/*.json"), *folder.glob("experiment.json")]:
             shutil.copy(path, kept / path.relative_to(folder))
 
-    for share, seed in itertools.product(SHARES, seeds):
-        for method in METHODS:
+    for share, seed in itertools.product(table.shares, seeds):
+        for method in table.methods:
             if (kept / "cells" / f"{method}_{share:g}_{seed}.json").is_file():
                 continue
             plan = Plan(methods=(method,), shares=(share,), seeds=(seed,), **common)
@@ -194,7 +214,7 @@ def label_rows(data: Path, work: Path, seeds: tuple[int, ...]) -> Iterator[tuple
             if method != SCRATCH and not (run / "model.safetensors").is_file():
                 # By itself: it is the longest piece of work, and the cell then finds it done.
                 config = plan.pretraining(method, first)
-                path = ROWS / "costs" / f"{method}_{first}.json"
+                path = ROWS / table.folder.replace(LABELS, "costs") / f"{method}_{first}.json"
                 yield f"pretrain {method} {first}", lambda c=config, r=run, m=method, p=path: pretrain_cost(c, r, m, p)
             yield f"{method} {share:g} {seed}", lambda p=plan: do(p)
 
@@ -359,7 +379,7 @@ def show() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("labels", "masks", "targets", "probes", "bounds", "hidden", "show"))
+    parser.add_argument("part", choices=(*LABEL_TABLES, "masks", "targets", "probes", "bounds", "hidden", "show"))
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--budget", type=float, default=1e9)
     parser.add_argument("--seeds", default="0,1,2")
@@ -378,8 +398,8 @@ def main() -> None:
         case "hidden":
             print(hidden(data))
             return
-        case "labels":
-            rows = label_rows(data, args.work, seeds)
+        case "labels" | "labels-random":
+            rows = label_rows(LABEL_TABLES[args.part], data, args.work, seeds)
         case "probes":
             rows = frozen_rows(data, args.work, seeds)
         case part:
