@@ -199,6 +199,7 @@ def _written(
             for future in futures:
                 yield future.result()
         except BrokenProcessPool as error:
+            pool.shutdown()  # the others are being ended, too: none may hold a file any more when this is told
             raise DataError(
                 f"{out}: a process that prepared a log was ended from outside, perhaps for want of memory. "
                 "Run again with fewer processes: finished logs are kept."

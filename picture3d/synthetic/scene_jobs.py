@@ -112,6 +112,7 @@ def run_jobs(write: Callable[[Job], Iterable[int]], jobs: list[Job], processes: 
             for future in futures:
                 future.result()
         except BrokenProcessPool as error:
+            pool.shutdown()  # the others are being ended, too: none may hold a file any more when this is told
             raise DataError(
                 "A process that wrote a scene was ended from outside, perhaps for want of memory. "
                 "Run again with fewer processes: finished scenes are kept."
