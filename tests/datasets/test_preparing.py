@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -188,6 +189,7 @@ def test_a_process_that_dies_is_told_and_what_is_finished_stays(tmp_path):
     before = (tmp_path / "out/logs/a.p3d").stat().st_mtime_ns
     with pytest.raises(DataError, match="a process that prepared a log was ended from outside"):
         write(tmp_path / "out", [*plans, plan("c", partial(os._exit, 9))], processes=2)
+    assert multiprocessing.active_children() == [], "none of them may hold a file any more"
     assert (tmp_path / "out/logs/a.p3d").stat().st_mtime_ns == before
     assert not (tmp_path / "out" / "dataset.json").exists()
     again = write(tmp_path / "out", [plans[0], plan("b", partial(good, "b", 1))], processes=2)
