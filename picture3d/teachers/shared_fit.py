@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from picture3d.errors import DataError
 from picture3d.files import replacing
 from picture3d.teachers.feature_basis import FrameMoments
 
@@ -52,7 +53,13 @@ def moments_of_job(
         if settled():
             return None
         if not paths[number].exists():
-            _write(paths[number], make(number), rank)
+            made = make(number)
+            try:
+                _write(paths[number], made, rank)
+            except DataError:  # the one that got to the end may have swept away what is half-written here, too
+                if not settled():
+                    raise
+                return None
     try:
         return [_read(path) for path in paths]
     except FileNotFoundError:

@@ -7,6 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 from picture3d.cli import main
 from picture3d.commands.data import targets
 from picture3d.commands.prepare import prepare_points
+from picture3d.datasets.prepared import PreparedDataset
 from picture3d.recipes.catalogue import pretraining_recipe, tiny
 from picture3d.training.distributed import Team
 from picture3d.training.runlog import RunFolder
@@ -53,14 +57,27 @@ def command(*words: str | Path) -> list[str]:
 
 
 def run_all(commands: list[list[str]], environments: list[dict[str, str]]) -> None:
-    """Starts all at once; every one has to succeed."""
+    """Starts all at once; every one has to succeed. When one fails the others, which may wait for it, are ended."""
     base = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(words, env={**base, **extra}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for words, extra in zip(commands, environments, strict=True)
-    ]
-    said = [process.communicate(timeout=150)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(text[:3000] for text in said)
+    with ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in commands]
+        processes = [
+            subprocess.Popen(words, env={**base, **extra}, stdout=file, stderr=subprocess.STDOUT)
+            for words, extra, file in zip(commands, environments, files, strict=True)
+        ]
+        end = time.monotonic() + 150
+        while any(process.poll() is None for process in processes) and time.monotonic() < end:
+            if any(process.returncode for process in processes):
+                break
+            time.sleep(0.05)
+        codes = [process.returncode for process in processes]  # None: still at work, or waiting
+        for process in processes:
+            process.terminate()
+            process.wait(timeout=60)
+        for file in files:
+            file.seek(0)
+        said = [file.read() for file in files]
+    assert codes == [0] * len(codes), f"{codes}\n" + "\n".join(text[:3000] for text in said)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
@@ -165,3 +182,22 @@ def test_two_nodes_of_two_processes_prepare_store_targets_and_train_as_one_proce
     assert len(one) == len(four) == 3
     for alone, together in zip(one, four, strict=True):
         assert together["losses"]["total"] == pytest.approx(alone["losses"]["total"], rel=1e-4)
+
+
+@pytest.mark.long
+def test_under_torchrun_a_damaged_log_ends_the_job_with_an_error_after_all_others_are_made_and_a_mended_one_is_added(tmp_path):
+    raw = made_points(tmp_path / "raw")
+    sweep = raw / "log-1" / "0.npy"
+    whole = sweep.read_bytes()
+    launch = command(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    launch += command("-m", "picture3d.cli", "prepare", "points", raw, tmp_path / "two", "--intensity", "0-1", "--val", "1")
+    for _ in range(2):  # the second time four logs are there, and the process that has none to make comes early to its end
+        sweep.write_bytes(whole[:200])
+        done = subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150)
+        assert done.returncode == 1
+        assert f"log log-1 is set aside: {sweep}" in done.stdout
+        assert PreparedDataset(tmp_path / "two").logs() == ("log-0", "log-2", "log-3", "log-4")
+    sweep.write_bytes(whole)
+    run_all([launch], [{}])
+    prepare(raw, tmp_path / "one")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")

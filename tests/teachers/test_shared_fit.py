@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from picture3d.errors import DataError
 from picture3d.teachers.feature_basis import FrameMoments
 from picture3d.teachers.shared_fit import forget_moments, moments_of_job
 
@@ -62,3 +64,25 @@ def test_a_process_that_comes_too_late_says_so_and_other_settings_do_not_mix(tmp
     assert made == []
     moments_of_job(tmp_path, "n", COUNT, make, lambda: False, (1, 2))
     assert made == [3, 4, 5, 6, 0, 1, 2]
+
+
+@pytest.mark.parametrize("somebody_is_at_the_end", [True, False])
+def test_a_half_written_file_that_is_swept_away_matters_only_while_nobody_is_at_the_end(
+    tmp_path, monkeypatch, somebody_is_at_the_end
+):
+    write, over = np.savez, tmp_path / "over"
+
+    def write_and_lose(file, **arrays):
+        write(file, **arrays)
+        if somebody_is_at_the_end:
+            over.touch()
+        forget_moments(tmp_path)
+
+    monkeypatch.setattr(np, "savez", write_and_lose)
+    if somebody_is_at_the_end:
+        assert moments_of_job(tmp_path, "m", COUNT, moments, over.exists, (1, 2)) is None
+        over.unlink()
+    else:
+        with pytest.raises(DataError, match=r"\.fit-m-3\.npz: cannot be written"):
+            moments_of_job(tmp_path, "m", COUNT, moments, over.exists, (1, 2))
+    assert not list(tmp_path.iterdir())
