@@ -7,6 +7,7 @@ from pathlib import Path
 from picture3d.datasets.prepared import PreparedDataset
 from picture3d.errors import ConfigError
 from picture3d.files import job_share, sole_writer
+from picture3d.training.ending import ending_together
 from picture3d.training.runlog import Progress
 
 
@@ -107,7 +108,8 @@ def targets(
     machine = start(device, threads, launched_place())
     dataset = PreparedDataset(prepared)
     network = build_teacher(teacher, weights, machine)
-    with sole_writer(store_folder(prepared, network.name), share=share), Progress("targets") as progress:
+    folder = store_folder(prepared, network.name)
+    with ending_together(share), sole_writer(folder, share=share), Progress("targets") as progress:
         summary = compute_targets(
             dataset, network, num_superclasses=superclasses, seed=seed, codec=codec, progress=progress, share=share
         )

@@ -14,6 +14,7 @@ from picture3d.datasets.preparing import Progress as ProgressCallback
 from picture3d.errors import ConfigError
 from picture3d.files import job_share, sole_writer
 from picture3d.formats.columns import PLANES, Codec, CodecKind
+from picture3d.training.ending import ending_together
 from picture3d.training.runlog import Progress
 
 
@@ -122,8 +123,8 @@ class _Prepare(Protocol):
 
 
 def _prepared(out: Path, prepare: _Prepare, xyz_step: float, processes: int) -> tuple[str, bool]:
-    codec = codec_of_step(xyz_step)
-    with sole_writer(out, share=job_share()), Progress("prepare", unit="frames") as progress:
+    codec, share = codec_of_step(xyz_step), job_share()
+    with ending_together(share), sole_writer(out, share=share), Progress("prepare", unit="frames") as progress:
         summary = prepare(xyz_codec=codec, processes=processes, progress=progress)
     return "\n".join([*summary.set_aside, _summary_line(summary)]), not summary.set_aside
 

@@ -280,8 +280,11 @@ def write_dataset(
     label_set_name: str | None,
     splits: Mapping[str, Sequence[str]],
     logs: Mapping[str, LogSummary],
+    set_aside: Collection[str] = (),
 ) -> None:
-    """Writes ``dataset.json``, the last act of a preparation, and removes files of logs that are no longer in it.
+    """Writes ``dataset.json``, the last act of a preparation, and removes files of logs that do not belong to it any more.
+
+    Files of logs that are `set_aside` are left alone: another process may be about to make such a log.
 
     Raises:
         DataError: if a split names an unknown log, or a log is in two splits.
@@ -298,8 +301,8 @@ def write_dataset(
             seen[log] = split
     kept = {log_path(root, log) for log in logs}
     for stale in (root / "logs").glob("*.p3d*"):
-        if stale not in kept:
-            stale.unlink()
+        if stale not in kept and stale.name.rpartition(".p3d")[0] not in set_aside:
+            stale.unlink(missing_ok=True)
     tree = {
         "format": _FORMAT,
         "version": FORMAT_VERSION,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +26,7 @@ from picture3d.datasets.prepared import (
     write_dataset,
 )
 from picture3d.errors import DataError
-from picture3d.files import job_share, read_json_object, unreadable, write_json
+from picture3d.files import job_share, unreadable, write_json
 from picture3d.formats.columns import PLANES, Codec
 from picture3d.structures.frame import Frame
 from picture3d.structures.points import PointCloud
@@ -36,9 +34,6 @@ from picture3d.workers import worker_pool
 
 Progress = Callable[[int, int], None]
 _FOLDERS_NAMED = 3  # with the most missing files; of the others the number is told
-
-_MAX_NOTE_BYTES = 1 << 20
-_PATIENCE_S, _LOOK_S = 600.0, 0.5  # of a process that waits for the others
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,10 +76,11 @@ def write_logs(
     the others go on. With several `processes` that many logs are made side by side (the same bytes; `plans` must be
     picklable) and `progress` counts whole logs.
 
+    A log that is set aside leaves a note beside the logs that says why, until it can be made.
+
     With a `share` (rank, world), by default that of the environment (`files.job_share`), every `world`-th log is made here and
-    the others by the other processes of the job. Who finishes last writes ``dataset.json``; the summary covers all logs that
-    are finished or set aside by then. A log that is set aside leaves a note for the others until ``dataset.json`` is written;
-    under torchrun, where one process that ends with an error ends all, its process waits for theirs.
+    the others by the other processes of the job, now, before or later. Whoever finds every log finished or set aside writes
+    ``dataset.json``; the summary counts all logs that are finished by then, and names those that were set aside here.
 
     Raises:
         DataError: from reading the raw files, if the folder cannot be written, if no log at all could be read, or if a
@@ -99,9 +95,9 @@ def write_logs(
     waiting: list[LogPlan] = []
     open_for_writing(out)
     for plan in plans:
-        _note_path(out, plan).unlink(missing_ok=True)
         summary = finished_log(out, plan.header)
         if summary is None:
+            _note_path(out, plan).unlink(missing_ok=True)
             waiting.append(plan)
         else:
             logs[plan.header.log] = summary
@@ -116,8 +112,8 @@ def write_logs(
         log = plan.header.log
         if isinstance(summary, DataError):
             set_aside[log] = f"log {log} is set aside: {summary}"
-            if world > 1:
-                write_json(_note_path(out, plan), {"why": set_aside[log]})
+            log_path(out, log).unlink(missing_ok=True)  # made of what the raw files were before
+            write_json(_note_path(out, plan), {"why": str(summary)})
         else:
             logs[log] = summary
             made += 1
@@ -125,60 +121,49 @@ def write_logs(
         done += plan.count
         tick(0)
     others = [plan for plan in everything if plan.header.log not in logs and plan.header.log not in set_aside]
-    if set_aside and others and "TORCHELASTIC_RUN_ID" in os.environ:
-        _await(out, others)
-    unfinished = 0
-    for plan in others:
-        log, summary, note = plan.header.log, finished_log(out, plan.header), _note(out, plan)
-        if summary is not None:
-            logs[log] = summary
-        elif note is not None:
-            set_aside[log] = note
-        else:
-            unfinished += 1
-    messages = [set_aside[plan.header.log] for plan in everything if plan.header.log in set_aside]
-    if unfinished:  # the others' part; who comes last goes on
-        return summarise(out, logs, logs_made=made, missing_files=missing_files, dropped_points=dropped, set_aside=messages)
-    if messages and not logs:
-        raise DataError(f"{out}: no log could be read. Mend or remove the first of these and run again: {messages[0]}")
-    logs = {plan.header.log: logs[plan.header.log] for plan in everything if plan.header.log in logs}
-    splits = {split: [log for log in members if log in logs or not set_aside] for split, members in splits.items()}
-    write_dataset(out, name=name, label_set_name=label_set_name, splits=splits, logs=logs)
-    return summarise(out, logs, logs_made=made, missing_files=missing_files, dropped_points=dropped, set_aside=messages)
+    found = _outcomes(out, others)
+    while True:
+        logs |= {log: summary for log, summary in found.items() if isinstance(summary, LogSummary)}
+        said = summarise(
+            out,
+            logs,
+            logs_made=made,
+            missing_files=missing_files,
+            dropped_points=dropped,
+            set_aside=list(set_aside.values()),
+        )
+        if len(found) < len(others):  # who makes the last of them goes on
+            return said
+        if not logs and everything:
+            if not set_aside:  # who did so says it
+                return said
+            first = next(iter(set_aside.values()))
+            raise DataError(f"{out}: no log could be read. Mend or remove the first of these and run again: {first}")
+        whole = {plan.header.log: logs[plan.header.log] for plan in everything if plan.header.log in logs}
+        left_out = {plan.header.log for plan in everything} - whole.keys()
+        members = {split: [log for log in of_split if log not in left_out] for split, of_split in splits.items()}
+        write_dataset(out, name=name, label_set_name=label_set_name, splits=members, logs=whole, set_aside=left_out)
+        # What another process made between the look and the writing it may have written down in between: look again.
+        before, found = found, _outcomes(out, others)
+        if found == before:
+            return said
+
+
+def _outcomes(out: Path, plans: Sequence[LogPlan]) -> dict[str, LogSummary | None]:
+    """What has become of logs that other processes make: a summary, None for one that is set aside; of one without an outcome
+    there is nothing."""
+    found: dict[str, LogSummary | None] = {}
+    for plan in plans:
+        summary = finished_log(out, plan.header)
+        if summary is not None or _note_path(out, plan).exists():
+            found[plan.header.log] = summary
+    return found
 
 
 def _note_path(out: Path, plan: LogPlan) -> Path:
-    """Where a process says to the others of its job that a log is set aside; goes with the other strays of ``logs``."""
+    """Where it says why a log is set aside."""
     path = log_path(out, plan.header.log)
     return path.with_name(f"{path.name}.damaged")
-
-
-def _note(out: Path, plan: LogPlan) -> str | None:
-    try:
-        return str(read_json_object(_note_path(out, plan), max_bytes=_MAX_NOTE_BYTES).get("why"))
-    except DataError:  # there is none, or whoever wrote dataset.json has taken it away
-        return None
-
-
-def _await(out: Path, plans: Sequence[LogPlan]) -> None:
-    """Returns when these logs are finished or set aside by others, or no file has changed for as long as a job is patient."""
-    patience_s = float(os.environ.get("PICTURE3D_TIMEOUT_S", _PATIENCE_S))
-    seen, since = None, time.monotonic()
-    while not (out / "dataset.json").exists():  # the last one has written it, and taken the notes away
-        plans = [plan for plan in plans if finished_log(out, plan.header) is None and not _note_path(out, plan).exists()]
-        sizes = {path.name: _size(path) for path in (out / "logs").iterdir()}
-        if sizes != seen:
-            seen, since = sizes, time.monotonic()
-        if not plans or time.monotonic() - since > patience_s:
-            return
-        time.sleep(_LOOK_S)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # renamed or removed since it was listed
-        return -1
 
 
 # The summary of a log, or why its raw data could not be read; and how many points were not finite.

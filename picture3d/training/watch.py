@@ -18,6 +18,17 @@ _BEAT_S = 2.0
 _MEET_S = 0.1
 
 
+def job_store(timeout_s: float) -> tuple[TCPStore, str]:
+    """A connection of one's own to the job's store (the job's is locked while somebody waits on it), and what keys begin with.
+
+    Raises:
+        RuntimeError: if it is not there.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    return store, f"picture3d/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
 class Watch:
     """Tells the store that this process lives and where it is, and ends the process when another one is silent.
 
@@ -32,16 +43,8 @@ class Watch:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._beats: dict[int, tuple[str, float]] = {}  # rank -> last beat and when it was first seen here
-        # A connection of its own: the job's is locked while somebody waits on it.
-        self._store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=min(timeout_s, 30)),
-        )
+        self._store, self._job = job_store(min(timeout_s, 30.0))
         self._lock = threading.Lock()
-        self._job = f"picture3d/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
     def __enter__(self) -> Watch:
         self._beat(0)

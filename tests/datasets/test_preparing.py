@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from picture3d.datasets import preparing
 from picture3d.datasets.argoverse2 import prepare_argoverse2
 from picture3d.datasets.nuscenes import prepare_nuscenes
 from picture3d.datasets.once import prepare_once
 from picture3d.datasets.point_files import prepare_points
-from picture3d.datasets.prepared import LogHeader, PreparedDataset, PreparedSummary
+from picture3d.datasets.prepared import LogHeader, PreparedDataset, PreparedSummary, write_dataset
 from picture3d.datasets.preparing import LogPlan, damaged_plan, refuse_missing, write_logs
 from picture3d.datasets.semantickitti import prepare_semantickitti
 from picture3d.errors import DataError
@@ -56,7 +59,8 @@ def test_damaged_logs_are_set_aside_and_the_others_go_on(tmp_path):
     assert summary.set_aside == ("log b is set aside: b.raw: cut off at byte 7",)
     assert (summary.logs, summary.logs_made, summary.frames, summary.dropped_points) == (2, 2, 4, 8)
     assert PreparedDataset(tmp_path / "out").logs("train") == ("a", "c")
-    assert not list((tmp_path / "out" / "logs").glob("b*"))
+    (note,) = (tmp_path / "out" / "logs").glob("b*")
+    assert json.loads(note.read_text()) == {"why": "b.raw: cut off at byte 7"}
     assert calls[0] == (0, 6)
     assert calls[-1] == (6, 6)
     assert calls == sorted(calls)
@@ -70,6 +74,7 @@ def test_a_log_that_cannot_even_be_listed_is_set_aside_and_no_older_one_is_kept(
     assert summary.set_aside == ("log b is set aside: b/poses.txt, line 3: expected 12 numbers",)
     assert (summary.logs, summary.logs_made) == (1, 0)
     assert PreparedDataset(tmp_path / "out").logs("train") == ("a",)
+    assert {path.name for path in (tmp_path / "out/logs").iterdir()} == {"a.p3d", "b.p3d.damaged"}
     with pytest.raises(DataError, match=r"no log could be read\..* log b is set aside: b/poses\.txt"):
         write(tmp_path / "none", plans[1:])
     assert not (tmp_path / "none" / "dataset.json").exists()
@@ -130,7 +135,8 @@ def test_every_dataset_sets_a_damaged_log_aside_whatever_the_number_of_processes
         assert PreparedDataset(out).logs("train" if make is not _semantickitti else None) == whole
     files = [{path.name: path.read_bytes() for path in (tmp_path / out / "logs").iterdir()} for out in ("alone", "together")]
     assert files[0] == files[1]
-    assert set(files[0]) == {f"{log}.p3d" for log in whole}
+    assert {name for name in files[0] if name.endswith(".p3d")} == {f"{log}.p3d" for log in whole}
+    assert len(files[0]) == len(whole) + 1, "and why one is missing"
 
 
 @pytest.mark.parametrize("make", [_semantickitti, _argoverse2])
@@ -154,32 +160,53 @@ def test_a_sweep_that_is_a_link_to_itself_is_not_there(tmp_path, make):
     assert prepare(tmp_path / "raw", tmp_path / "out", **chosen).frames == whole - 1
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-def test_the_processes_of_a_job_set_the_same_logs_aside_as_one(tmp_path, order):
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_the_processes_of_a_job_leave_the_files_of_one_also_when_the_job_is_run_again(tmp_path, order):
     plans = [plan(log, partial(damaged, log) if log in "bd" else partial(good, log, 2)) for log in "abcde"]
+    whole = [plan(log, partial(good, log, 2)) for log in "abcde"]
+    own = {0: ("d",), 1: ("b",), 2: ()}  # ranks of logs: a 0, b 1, c 2, d 0, e 1
     alone = write(tmp_path / "one", plans)
-    said = [write(tmp_path / "parts", plans, share=(rank, 3)) for rank in order]
-    messages = [f"log {log} is set aside: {log}.raw: cut off at byte 7" for log in "bd"]
-    assert alone.set_aside == said[-1].set_aside == tuple(messages), "the last one tells of all"
-    own = {0: messages[1:], 1: messages[:1], 2: []}  # ranks of logs: a 0, b 1, c 2, d 0, e 1
-    assert set(own[order[0]]) == set(said[0].set_aside), "each tells of its own"
-    one, parts = ({p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.*")} for name in ("one", "parts"))
-    assert one == parts, "no note is left"
+    assert alone.set_aside == tuple(f"log {log} is set aside: {log}.raw: cut off at byte 7" for log in "bd")
+    before = contents(tmp_path / "one")
+    write(tmp_path / "one", whole)
+    after = contents(tmp_path / "one")
+    for ranks in (order, (0, 1, 2), order[::-1]):
+        for rank in ranks:
+            said = write(tmp_path / "parts", plans, share=(rank, 3)).set_aside
+            assert said == tuple(f"log {log} is set aside: {log}.raw: cut off at byte 7" for log in own[rank])
+        assert contents(tmp_path / "parts") == before
+    for rank in order:
+        assert write(tmp_path / "parts", whole, share=(rank, 3)).set_aside == ()
+    assert contents(tmp_path / "parts") == after, "the mended logs are there, and no note"
 
 
-def test_under_torchrun_a_process_that_set_a_log_aside_ends_after_the_others(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    plans = [plan("a", partial(damaged, "a")), plan("b", partial(good, "b", 2))]
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(write, tmp_path / "out", plans, share=(0, 2))
-        with pytest.raises(TimeoutError):
-            waiting.result(timeout=0.7)
-        assert write(tmp_path / "out", plans, share=(1, 2)).logs == 1
-        assert waiting.result(timeout=60).set_aside == ("log a is set aside: a.raw: cut off at byte 7",)
-    assert PreparedDataset(tmp_path / "out").logs() == ("b",)
-    monkeypatch.setenv("PICTURE3D_TIMEOUT_S", "0.1")
-    (tmp_path / "out/logs/b.p3d").unlink()
-    write(tmp_path / "out", plans, share=(0, 2))  # the other one never comes: it does not wait for ever
+@pytest.mark.parametrize("mended", ["ab", "a", ""])
+def test_a_process_that_writes_down_what_another_has_changed_meanwhile_looks_again(tmp_path, monkeypatch, mended):
+    plans = [plan("a", partial(damaged, "a")), plan("b", partial(damaged, "b")), plan("c", partial(good, "c", 2))]
+    write(tmp_path / "out", plans)
+    again = [plan(log, partial(good, log, 2) if log in f"{mended}c" else partial(damaged, log)) for log in "abc"]
+    ahead = iter([0, 1])  # ranks that do their part between the look of rank 2 and its writing, each before one writing
+
+    def overtaken(*args: Any, **settings: Any) -> None:
+        for rank in itertools.islice(ahead, 1):
+            write(tmp_path / "out", again, share=(rank, 3))
+        write_dataset(*args, **settings)
+
+    monkeypatch.setattr(preparing, "write_dataset", overtaken)
+    write(tmp_path / "out", again, share=(2, 3))
+    assert next(ahead, None) is None, "both have come"
+    assert PreparedDataset(tmp_path / "out").logs() == (*mended, "c")
+
+
+def test_a_job_with_more_processes_than_logs_and_no_readable_log_fails_where_the_log_was_read(tmp_path):
+    plans = [plan("a", partial(damaged, "a"))]
+    with pytest.raises(DataError, match="no log could be read"):
+        write(tmp_path / "out", plans, share=(0, 2))
+    assert write(tmp_path / "out", plans, share=(1, 2)).logs == 0
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
