@@ -135,7 +135,7 @@ def demo(out: Path, *, tiny: bool, threads: int) -> str:
 
         def score(name: str = name, folder: Path = folder) -> None:
             found = run_evaluation(folder, data=None, split="val", device="cpu", threads=threads)
-            scores[name] = {"miou": found.miou, "iou": found.to_json()["iou"]}
+            scores[name] = {"miou": found.score, "iou": dict(found.by_class)}
 
         steps.run(f"evaluate {name}", f"picture3d evaluate {folder}", score)
     page = out / "report.html"

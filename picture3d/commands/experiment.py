@@ -27,8 +27,8 @@ from picture3d.datasets.prepared import PreparedDataset
 from picture3d.errors import ConfigError, DataError
 from picture3d.evaluation.label_efficiency import label_efficiency, markdown_table
 from picture3d.files import read_json_object, sole_writer, write_json, write_text
-from picture3d.recipes.catalogue import pretraining_recipe, segmentation_recipe
-from picture3d.recipes.configs import PretrainConfig, SegmentationConfig
+from picture3d.recipes.catalogue import TaskConfig, finetuning_recipe, pretraining_recipe
+from picture3d.recipes.configs import PretrainConfig
 from picture3d.training.runlog import RunFolder, duration
 from picture3d.view.report import render_report
 
@@ -72,10 +72,10 @@ class Plan:
         """The pre-training of a method, its first weights and masks drawn from `seed`."""
         return pretraining_recipe(method, self.data).with_overrides([*self.pretrain_set, f"training.seed={seed}"])
 
-    def tuning(self, share: float, seed: int, encoder: Path | None) -> SegmentationConfig:
+    def tuning(self, share: float, seed: int, encoder: Path | None) -> TaskConfig:
         """The fine-tuning of a cell; the labelled scenes are drawn from `seed`, smaller shares within larger ones."""
         changed = [f"data.label_share={share}", f"data.label_seed={seed}", f"training.seed={seed}"]
-        config = segmentation_recipe(self.finetuning, self.data).with_overrides([*self.finetune_set, *changed])
+        config = finetuning_recipe(self.finetuning, self.data).with_overrides([*self.finetune_set, *changed])
         return config.model_copy(update={"pretrained": encoder})
 
 
@@ -103,10 +103,10 @@ def label_efficiency_experiment(plan: Plan, out: Path, *, device: str, threads: 
         rows = label_efficiency([cell for cell, _ in cells], methods)
         tree = {**plan.common(), "rows": [row.to_json() for row in rows], "cells": [row for _, row in cells]}
         write_json(out / "results.json", tree)
-        table = markdown_table(rows, measure="mIoU")
-        write_text(out / "table.md", table + "\n")
         page = experiment_page(out, methods)
         assert page.experiment is not None
+        table = markdown_table(rows, measure=page.experiment.measure)
+        write_text(out / "table.md", table + "\n")
         write_text(out / "curves.svg", curves_svg(page.experiment) + "\n")
         render_report(page, out / "report.html")
     if as_json:
@@ -133,18 +133,18 @@ def _do_cells(plan: Plan, out: Path, method: str, seed: int, shares: Sequence[fl
         folder = out / "runs" / f"{method}-{share:g}-seed{seed}"
         done = run_finetuning(config, folder, True, device, threads)
         scores = run_evaluation(folder, data=None, split=plan.split, device=device, threads=threads)
-        if scores.miou is None:
+        if scores.score is None:
             raise DataError(
-                f"{plan.data}: split '{plan.split}' has no labelled point to score on. Name another with --split, or prepare "
-                "it with its labels."
+                f"{plan.data}: split '{plan.split}' has no label to score on. Name another with --split, or prepare it with "
+                "its labels."
             )
-        tree = scores.to_json()
         row = {
             "method": method,
             "share": share,
             "seed": seed,
-            "miou": scores.miou,
-            "iou": tree["iou"],
+            "measure": scores.measure,
+            "score": scores.score,
+            "by_class": dict(scores.by_class),
             "labelled_frames": len(training_batches(config, None).keys),
             "steps": done.steps,
             "seconds": {**seconds, "finetune": round(done.seconds, 1)},

@@ -38,7 +38,7 @@ def read_cells(out: Path, first: Sequence[str]) -> tuple[list[str], list[tuple[C
     for path in sorted((out / "cells").glob("*.json")):
         row = read_json_object(path, max_bytes=MAX_BYTES)
         try:
-            cell = CellScore(str(row["method"]), float(row["share"]), int(row["seed"]), float(row["miou"]))
+            cell = CellScore(str(row["method"]), float(row["share"]), int(row["seed"]), float(row["score"]))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{path}: not a row of this experiment ({error!r}). Remove it, and the cell is done again."
@@ -82,7 +82,8 @@ def experiment_page(out: Path, first: Sequence[str] = ()) -> ReportData:
                     cells, key=lambda found: (found[0].share, methods.index(found[0].method), found[0].seed)
                 )
             ],
-            iou=_mean_iou(cells, rows[0].share, methods),
+            measure=str(cells[0][1]["measure"]),
+            by_class=_by_class(cells, rows[0].share, methods),
             encoders=_frozen_encoders(cells, methods),
             seconds=_seconds(cells, methods),
         ),
@@ -102,11 +103,11 @@ def curves_svg(view: ExperimentView) -> str:
     return chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace("</svg>", legend + "</svg>")
 
 
-def _mean_iou(cells: Cells, share: float, methods: Sequence[str]) -> dict[str, dict[str, float | None]]:
+def _by_class(cells: Cells, share: float, methods: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """Method -> class -> mean over the seeds that have a number."""
     found: dict[str, dict[str, float | None]] = {}
     for method in methods:
-        several = [row["iou"] for cell, row in cells if (cell.method, cell.share) == (method, share)]
+        several = [row["by_class"] for cell, row in cells if (cell.method, cell.share) == (method, share)]
         if several:
             found[method] = {name: _mean([by[name] for by in several]) for name in several[0]}
     return found

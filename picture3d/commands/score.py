@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,18 @@ from picture3d.training.distributed import Team, joined_team, launched_place
 from picture3d.training.runlog import Progress, RunFolder
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Evaluation:
+    """What a fine-tuned network is worth on a split."""
+
+    measure: str  # name of the score
+    score: float | None  # 0..1, larger is better, by which networks are compared; None if nothing could be scored
+    by_class: Mapping[str, float | None]  # the same of each class; None of one that does not occur
+    tree: Mapping[str, Any]  # everything, for JSON
+    table: str  # everything, for people
+    summary: Mapping[str, float | None]  # for summary.json
+
+
 def evaluate(run: Path, *, data: Path | None, split: str, as_json: bool, device: str, threads: int) -> str:
     """Scores a fine-tuned network; returns the table, or JSON.
 
@@ -36,39 +50,49 @@ def evaluate(run: Path, *, data: Path | None, split: str, as_json: bool, device:
 
 def evaluate_together(run: Path, *, data: Path | None, split: str, as_json: bool, machine: torch.device, team: Team) -> str:
     """`evaluate` in one of the processes of a team."""
+    found = _evaluated(run, data, split, machine, team)
+    if found is None:
+        return ""
+    return json.dumps(found.tree) if as_json else found.table
+
+
+def run_evaluation(run: Path, *, data: Path | None, split: str, device: str, threads: int) -> Evaluation:
+    """Scores a fine-tuned network in this process and keeps the scores in its folder.
+
+    They are ``evaluation_<split>.json`` and a line or two of summary.json.
+    """
+    found = _evaluated(run, data, split, start(device, threads), Team())
+    assert found is not None
+    return found
+
+
+def _evaluated(run: Path, data: Path | None, split: str, machine: torch.device, team: Team) -> Evaluation | None:
+    """Scores a network of any task; None in all processes but the first, which keeps the scores."""
     config = read_run_config(run)
     if isinstance(config, DetectionConfig):
         from picture3d.commands.score_detection import evaluate_detection
 
-        return evaluate_detection(run, config, data=data, split=split, as_json=as_json, device=machine, team=team)
-    if isinstance(config, OccupancyConfig):
+        found = evaluate_detection(run, config, data=data, split=split, device=machine, team=team)
+    elif isinstance(config, OccupancyConfig):
         from picture3d.commands.score_occupancy import evaluate_occupancy
 
-        return evaluate_occupancy(run, config, data=data, split=split, as_json=as_json, device=machine, team=team)
-    scores = _evaluate_segmentation(run, data, split, machine, team)
-    if scores is None:
-        return ""
-    return json.dumps(scores.to_json()) if as_json else table(f"{run}, split {split}", scores)
-
-
-def run_evaluation(run: Path, *, data: Path | None, split: str, device: str, threads: int) -> SegmentationScores:
-    """Scores a fine-tuned network in this process and keeps the scores in its folder.
-
-    They are ``evaluation_<split>.json`` and a line of summary.json.
-    """
-    scores = _evaluate_segmentation(run, data, split, start(device, threads), Team())
-    assert scores is not None
-    return scores
-
-
-def _evaluate_segmentation(
-    run: Path, data: Path | None, split: str, machine: torch.device, team: Team
-) -> SegmentationScores | None:
-    config = read_run_config(run)
-    if not isinstance(config, SegmentationConfig):
+        found = evaluate_occupancy(run, config, data=data, split=split, device=machine, team=team)
+    elif isinstance(config, SegmentationConfig):
+        found = _evaluate_segmentation(run, config, data, split, machine, team)
+    else:
         raise ConfigError(
             f"{run}: is a pre-training; evaluate scores fine-tuned networks. Use `picture3d probe` for an encoder."
         )
+    if found is not None:
+        folder = RunFolder(run)
+        folder.write_json(f"evaluation_{split}.json", found.tree)
+        folder.update_summary({f"{name}_{split}": value for name, value in found.summary.items()})
+    return found
+
+
+def _evaluate_segmentation(
+    run: Path, config: SegmentationConfig, data: Path | None, split: str, machine: torch.device, team: Team
+) -> Evaluation | None:
     task = build_segmentation(config, machine)
     load_into(task.module, load_weights(run).tensors)
     batches = scoring_batches(config.data, root=data, split=split)
@@ -82,10 +106,15 @@ def _evaluate_segmentation(
     if not team.writes:
         return None
     scores = _joined(names, parts)
-    folder = RunFolder(run)
-    folder.write_json(f"evaluation_{split}.json", scores.to_json())
-    folder.update_summary({f"miou_{split}": scores.miou})
-    return scores
+    tree = scores.to_json()
+    return Evaluation(
+        measure="mIoU",
+        score=scores.miou,
+        by_class=tree["iou"],
+        tree=tree,
+        table=table(f"{run}, split {split}", scores),
+        summary={"miou": scores.miou},
+    )
 
 
 def _joined(names: tuple[str, ...], parts: list[Arrays]) -> SegmentationScores:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from picture3d.commands.build import build_detection, scoring_batches
 from picture3d.commands.by_log import Arrays, Frames, log_by_log
+from picture3d.commands.score import Evaluation
 from picture3d.commands.score_nuscenes import table as nuscenes_table
 from picture3d.commands.score_waymo import table as waymo_table
 from picture3d.datasets.loading import FrameBatches
@@ -20,7 +20,7 @@ from picture3d.datasets.prepared import FrameKey
 from picture3d.errors import ConfigError
 from picture3d.evaluation import nuscenes_frames, waymo_frames
 from picture3d.evaluation.nuscenes_detection import NuScenesScores, score_detections
-from picture3d.evaluation.waymo_detection import WaymoScorer, WaymoScores
+from picture3d.evaluation.waymo_detection import CHALLENGE, KINDS, WaymoScorer, WaymoScores, breakdown
 from picture3d.formats import nuscenes_results
 from picture3d.formats.nuscenes_results import DetectionColumns
 from picture3d.recipes.configs import DetectionConfig
@@ -28,15 +28,14 @@ from picture3d.structures.detections import DetectedBoxes
 from picture3d.tasks.detection import DetectionTask
 from picture3d.training.checkpoint import load_into, load_weights
 from picture3d.training.distributed import Team
-from picture3d.training.runlog import RunFolder
 
 
 def evaluate_detection(
-    run: Path, config: DetectionConfig, *, data: Path | None, split: str, as_json: bool, device: torch.device, team: Team
-) -> str:
-    """Scores a detector on every keyframe of a split; keeps the scores in its folder and returns them as a table or as JSON.
+    run: Path, config: DetectionConfig, *, data: Path | None, split: str, device: torch.device, team: Team
+) -> Evaluation | None:
+    """Scores a detector on every keyframe of a split: nuScenes' mAP, or Waymo's mAPH of level 2, by what its classes are.
 
-    Of several processes the first does that, and the others return nothing.
+    Of several processes the first has the scores, the others None.
 
     Raises:
         ConfigError: if no official metric knows the detector's classes.
@@ -44,26 +43,36 @@ def evaluate_detection(
     """
     task = load_detector(run, config, device)
     batches = scoring_batches(config.data, root=data, split=split, labels=False)
-    folder, title = RunFolder(run), f"{run}, split {split}"
+    title = f"{run}, split {split}"
     if set(task.classes) <= set(nuscenes_results.CLASSES):
         scores = score_nuscenes(task, batches, team)
         if scores is None:
-            return ""
-        tree, text = scores.to_json(), nuscenes_table(title, scores)
-        numbers = {f"map_{split}": scores.mean_ap, f"nds_{split}": scores.nds}
-    elif {name.lower() for name in task.classes} <= set(waymo_frames.KIND_OF_CLASS):
+            return None
+        tree = scores.to_json()
+        return Evaluation(
+            measure="mAP",
+            score=scores.mean_ap,
+            by_class=tree["mean_dist_aps"],
+            tree=tree,
+            table=nuscenes_table(title, scores),
+            summary={"map": scores.mean_ap, "nds": scores.nds},
+        )
+    if {name.lower() for name in task.classes} <= set(waymo_frames.KIND_OF_CLASS):
         found = score_waymo(task, batches, team)
         if found is None:
-            return ""
-        tree, text = found.to_json(), waymo_table(title, found)
-        numbers = dict(zip((f"map_{split}", f"maph_{split}"), found.mean(), strict=True))
-    else:
-        raise ConfigError(
-            f"{run}: no official metric knows all of {', '.join(task.classes)}. Write the boxes with `picture3d predict`."
+            return None
+        mean_ap, mean_aph = found.mean()
+        return Evaluation(
+            measure="mAPH",
+            score=mean_aph,
+            by_class={KINDS[kind].lower(): found.aph[breakdown(kind, 2)] for kind in CHALLENGE},
+            tree=found.to_json(),
+            table=waymo_table(title, found),
+            summary={"map": mean_ap, "maph": mean_aph},
         )
-    folder.write_json(f"evaluation_{split}.json", tree)
-    folder.update_summary(numbers)
-    return json.dumps(tree) if as_json else text
+    raise ConfigError(
+        f"{run}: no official metric knows all of {', '.join(task.classes)}. Write the boxes with `picture3d predict`."
+    )
 
 
 def score_waymo(task: DetectionTask, batches: FrameBatches, team: Team) -> WaymoScores | None:

@@ -12,6 +12,7 @@ import torch
 
 from picture3d.commands.build import build_occupancy, scoring_batches
 from picture3d.commands.by_log import Arrays, Frames, log_by_log
+from picture3d.commands.score import Evaluation
 from picture3d.datasets.label_sets import NUSCENES_16
 from picture3d.datasets.occupancy_store import OccupancyStore
 from picture3d.datasets.openoccupancy import NUSCENES_OCCUPANCY, label_files, label_folder
@@ -25,17 +26,17 @@ from picture3d.structures.occupancy import IGNORED, Occupancy
 from picture3d.tasks.occupancy import labels_of
 from picture3d.training.checkpoint import load_into, load_weights
 from picture3d.training.distributed import Team
-from picture3d.training.runlog import Progress, RunFolder
+from picture3d.training.runlog import Progress
 
 CLASS_NAMES = ("free", *NUSCENES_16.train_names[1:])
 
 
 def evaluate_occupancy(
-    run: Path, config: OccupancyConfig, *, data: Path | None, split: str, as_json: bool, device: torch.device, team: Team
-) -> str:
-    """Scores an occupancy network on every labelled keyframe of a split; keeps the scores in its folder, returns them as text.
+    run: Path, config: OccupancyConfig, *, data: Path | None, split: str, device: torch.device, team: Team
+) -> Evaluation | None:
+    """Scores an occupancy network on every labelled keyframe of a split.
 
-    Of several processes the first does that, and the others return nothing.
+    Of several processes the first has the scores, the others None.
 
     Raises:
         DataError: if no keyframe of the split is labelled, or labels lie on other cells than the network's.
@@ -54,14 +55,20 @@ def evaluate_occupancy(
 
     parts = log_by_log(batches, team, "evaluate", part)
     if not team.writes:
-        return ""
+        return None
     matrix = OccupancyMatrix(names)
     for counts in parts:
         matrix.add_counts(counts)
-    scores, folder = matrix.scores(), RunFolder(run)
-    folder.write_json(f"evaluation_{split}.json", scores.to_json())
-    folder.update_summary({f"miou_{split}": scores.miou, f"geometric_iou_{split}": scores.geometric_iou})
-    return json.dumps(scores.to_json()) if as_json else table(f"{run}, split {split}", scores)
+    scores = matrix.scores()
+    tree = scores.to_json()
+    return Evaluation(
+        measure="mIoU",
+        score=scores.miou,
+        by_class=tree["iou"],
+        tree=tree,
+        table=table(f"{run}, split {split}", scores),
+        summary={"miou": scores.miou, "geometric_iou": scores.geometric_iou},
+    )
 
 
 def truth_of(batch: PointBatch) -> Occupancy:

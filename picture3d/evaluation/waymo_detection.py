@@ -39,6 +39,7 @@ from picture3d.formats.waymo_objects import CYCLIST, PEDESTRIAN, SIGN, VEHICLE, 
 from picture3d.ops.box_iou import iou_3d_paired
 
 KINDS = {VEHICLE: "VEHICLE", PEDESTRIAN: "PEDESTRIAN", SIGN: "SIGN", CYCLIST: "CYCLIST"}
+CHALLENGE = (VEHICLE, PEDESTRIAN, CYCLIST)  # whose mean ranks
 IOU_THRESHOLDS = {VEHICLE: 0.7, PEDESTRIAN: 0.5, SIGN: 0.5, CYCLIST: 0.5}
 RANGES = ("[0, 30)", "[30, 50)", "[50, +inf)")
 LEVELS = (1, 2)
@@ -70,10 +71,15 @@ class WaymoScores:
         """``{breakdown: {"AP": ..., "APH": ...}}``."""
         return {name: {"AP": self.ap[name], "APH": self.aph[name]} for name in self.ap}
 
-    def mean(self, kinds: tuple[int, ...] = (VEHICLE, PEDESTRIAN, CYCLIST), *, level: int = 2) -> tuple[float, float]:
+    def mean(self, kinds: tuple[int, ...] = CHALLENGE, *, level: int = 2) -> tuple[float, float]:
         """mAP and mAPH over the classes of the challenge."""
-        names = [f"OBJECT_TYPE_TYPE_{KINDS[kind]}_LEVEL_{level}" for kind in kinds]
+        names = [breakdown(kind, level) for kind in kinds]
         return float(np.mean([self.ap[name] for name in names])), float(np.mean([self.aph[name] for name in names]))
+
+
+def breakdown(kind: int, level: int) -> str:
+    """Name of the numbers of a kind of object over all ranges."""
+    return f"OBJECT_TYPE_TYPE_{KINDS[kind]}_LEVEL_{level}"
 
 
 class WaymoScorer:

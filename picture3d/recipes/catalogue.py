@@ -89,6 +89,15 @@ def occupancy_recipe(name: str, data: Path) -> OccupancyConfig:
     return _find(OCCUPANCY, name, "occupancy")(data)
 
 
+def finetuning_recipe(name: str, data: Path) -> TaskConfig:
+    """The segmentation, detection or occupancy recipe called `name`, on the prepared frames in `data`.
+
+    Raises:
+        ConfigError: for an unknown name; the nearest one is given.
+    """
+    return _find({**SEGMENTATION, **DETECTION, **OCCUPANCY}, name, "fine-tuning")(data)
+
+
 def any_recipe(name: str, data: Path) -> RunConfig:
     """The recipe called `name`, of any kind, on the prepared frames in `data`.
 

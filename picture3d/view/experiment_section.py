@@ -11,6 +11,13 @@ from picture3d.view.report_data import ExperimentView
 from picture3d.view.scene_modes import readable
 
 
+_IN_WORDS = {
+    "mIoU": "Mean intersection over union",
+    "mAP": "Mean average precision",
+    "mAPH": "Mean average precision weighted by heading",
+}
+
+
 def experiment_sections(view: ExperimentView, colors: Mapping[str, str]) -> list[tuple[str, str]]:
     """(title, body) of each section, in the order of the page; nothing for an experiment without a cell.
 
@@ -42,7 +49,7 @@ def efficiency_chart(view: ExperimentView, colors: Mapping[str, str], *, size: t
         )
         for m, rows in of.items()
     }
-    title = "mIoU in per cent over the number of labelled keyframes"
+    title = f"{view.measure} in per cent over the number of labelled keyframes"
     return curves.line_chart(
         lines, colors=colors, title=title, x_label="labelled keyframes", log_x=True, whiskers=whiskers, size=size
     )
@@ -79,13 +86,14 @@ def _curve(view: ExperimentView, colors: Mapping[str, str]) -> str:
     bars = "Bars are 95 % intervals of the mean. " if any(row.score.interval is not None for row in view.rows) else ""
     return (
         f'<figure><div class="experiment">{efficiency_chart(view, colors)}</div><ul class="legend">{key}</ul>'
-        f"<figcaption>Mean intersection over union, per cent, of fine-tuned networks on scenes that no training saw. {bars}"
+        f"<figcaption>{_IN_WORDS.get(view.measure, view.measure)}, per cent, of fine-tuned networks on scenes that no training "
+        f"saw. {bars}"
         "The axis of keyframes is logarithmic.</figcaption></figure>"
     )
 
 
 def _table(view: ExperimentView, colors: Mapping[str, str]) -> str:
-    heads = ("mIoU, %", "95 %", "spread", f"against {view.methods[0]}", "95 %")
+    heads = (f"{view.measure}, %", "95 %", "spread", f"against {view.methods[0]}", "95 %")
     head = "".join(f'<th scope="col" class="num">{escape(text)}</th>' for text in heads)
     head += '<th scope="col" class="num points">seeds</th>'
     body = []
@@ -135,16 +143,16 @@ def _encoders(view: ExperimentView, colors: Mapping[str, str]) -> str:
 
 
 def _classes(view: ExperimentView, colors: Mapping[str, str]) -> str:
-    names = list(dict.fromkeys(name for by in view.iou.values() for name in by))
+    names = list(dict.fromkeys(name for by in view.by_class.values() for name in by))
     if not names:
         return ""
-    methods = [method for method in view.methods if method in view.iou]
+    methods = [method for method in view.methods if method in view.by_class]
     head = "".join(
         f'<th scope="col" class="num"><span class="dot" style="background:{colors[m]}"></span>{escape(m)}</th>' for m in methods
     )
     body = []
     for name in names:
-        values = [view.iou[method].get(name) for method in methods]
+        values = [view.by_class[method].get(name) for method in methods]
         best = max((value for value in values if value is not None), default=0.0)
         cells = "".join(f'<td class="num{" best" if v is not None and v == best > 0 else ""}">{_plain(v)}</td>' for v in values)
         strip = curves.dots([(value, colors[method]) for value, method in zip(values, methods, strict=True)])
@@ -187,7 +195,7 @@ def _cells(view: ExperimentView) -> str:
     return (
         f'<details><summary>{len(view.cells)} fine-tunings</summary><div class="scroll"><table class="classes"><thead><tr>'
         '<th scope="col">method</th><th scope="col" class="num">labels</th><th scope="col" class="num">seed</th>'
-        '<th scope="col" class="num">mIoU, %</th><th scope="col" class="num">seconds</th></tr></thead>'
+        f'<th scope="col" class="num">{view.measure}, %</th><th scope="col" class="num">seconds</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div></details>"
     )
 

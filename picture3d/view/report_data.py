@@ -132,7 +132,8 @@ class ExperimentView:
     rows: Sequence[LabelEfficiencyRow]
     frames: Mapping[float, int]  # share -> labelled keyframes
     cells: Sequence[tuple[str, float, int, float, float]] = ()  # method, share, seed, score 0..1, seconds
-    iou: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)  # method -> class -> mean at the least share
+    measure: str = "mIoU"  # what a score is
+    by_class: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)  # method -> class -> mean at least share
     encoders: Sequence[FrozenEncoder] = ()
     seconds: Mapping[str, tuple[float | None, float | None]] = field(
         default_factory=dict

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from picture3d.cli import app
 from picture3d.commands import experiment
+from picture3d.commands.score import Evaluation
 from picture3d.errors import ConfigError, DataError
-from picture3d.evaluation.segmentation import ConfusionMatrix
 from tests.command_line import do
 
 _SMALL = ["grid.voxel_size=[0.8,0.8,1.0]", "encoder.channels=32", "encoder.ffn_channels=64"]
@@ -42,8 +42,9 @@ def words(data: Path, out: Path, **options: str) -> list[object]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("experiment")
-    do("synth", root / "raw", "--scenes", 3, "--keyframes", 1, "--sweeps-per-keyframe", 0, "--val-scenes", 1)
+    do("synth", root / "raw", "--scenes", 3, "--keyframes", 1, "--sweeps-per-keyframe", 0, "--val-scenes", 1, "--occupancy")
     do("prepare", "nuscenes", root / "raw", root / "prepared", "--sweeps", 0)
+    do("prepare", "occupancy", root / "raw", root / "prepared")
     return root / "prepared"
 
 
@@ -108,8 +109,9 @@ def test_cells_may_share_an_encoder_and_say_which(data: Path, tmp_path: Path):
 
 
 def test_scores_that_do_not_exist_are_no_zeros(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(experiment, "run_evaluation", lambda *_, **__: ConfusionMatrix(("ignored", "car")).scores())
-    with pytest.raises(DataError, match="no labelled point"):
+    nothing = Evaluation("mIoU", None, {"car": None}, {}, "", {})
+    monkeypatch.setattr(experiment, "run_evaluation", lambda *_, **__: nothing)
+    with pytest.raises(DataError, match="no label to score on"):
         do(*words(data, tmp_path / "x", methods="scratch", shares="1", seeds="0"))
     assert not list((tmp_path / "x").glob("cells/*"))
 
@@ -118,7 +120,48 @@ def test_scores_are_those_of_the_run_folders(out: Path):
     for path in (out / "cells").glob("*.json"):
         row = json.loads(path.read_text())
         folder = out / "runs" / f"{row['method']}-{row['share']:g}-seed{row['seed']}"
-        assert row["miou"] == json.loads((folder / "evaluation_val.json").read_text())["miou"]
+        kept = json.loads((folder / "evaluation_val.json").read_text())
+        assert (row["measure"], row["score"], row["by_class"]) == ("mIoU", kept["miou"], kept["iou"])
+
+
+# Whose encoder has the grid, and the columns of points, of a detector and of an occupancy network.
+_DETECTION = ("data.sweeps=1", 'data.features=["intensity"]', "data.objects=null", "task.bev.blocks=[0,0]")
+_OCCUPANCY = ("grid.voxel_size=[0.8,0.8,1.0]", "task.strides=[1,2]", "task.blocks=[0,0]", "task.channels=[16,16]")
+_FAR = ("grid.range_min=[-51.2,-51.2,-5.0]", "grid.range_max=[51.2,51.2,3.0]")
+_FAR_DATA = ("data.range_min=[-51.2,-51.2,-5.0]", "data.range_max=[51.2,51.2,3.0]")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "measure", "score", "classes", "pretraining", "finetuning"),
+    [
+        ("town-detection", "mAP", "mean_ap", "mean_dist_aps", (), _DETECTION),
+        ("town-occupancy", "mIoU", "miou", "iou", (*_FAR, *_FAR_DATA), _OCCUPANCY),
+    ],
+)
+def test_every_task_can_be_compared_by_its_own_measure(
+    data: Path,
+    tmp_path: Path,
+    recipe: str,
+    measure: str,
+    score: str,
+    classes: str,
+    pretraining: tuple[str, ...],
+    finetuning: tuple[str, ...],
+):
+    more = [*words(data, tmp_path / "x", methods="scratch,town-coordinates", shares="0.5", seeds="0", recipe=recipe)]
+    for name, settings in (("--pretrain-set", pretraining), ("--finetune-set", finetuning)):
+        for setting in settings:
+            more += [name, setting]
+    table = do(*more)
+    assert f"{measure}, %" in table
+    for method in ("scratch", "town-coordinates"):
+        row = json.loads((tmp_path / "x" / "cells" / f"{method}_0.5_0.json").read_text())
+        kept = json.loads((tmp_path / "x" / "runs" / f"{method}-0.5-seed0" / "evaluation_val.json").read_text())
+        assert (row["measure"], row["score"], row["by_class"]) == (measure, kept[score], kept[classes])
+        assert row["labelled_frames"] == 1
+    page = html.unescape(re.sub(r"<[^>]+>", " ", (tmp_path / "x" / "report.html").read_text()))
+    assert f"{measure} in per cent" in page
+    assert {"mAP": "Mean average precision", "mIoU": "Mean intersection over union"}[measure] in page
 
 
 def test_the_drawing_is_well_formed_and_names_each_method(out: Path):

@@ -214,7 +214,7 @@ def vanished_and_mended(place: Place, tmp_path: Path, capsys: pytest.CaptureFixt
         assert aside
         assert all(f"aside: {source}" in line for line in aside), "the file is named"
         known = json.loads((out / "dataset.json").read_text())["logs"]
-        assert {path.stem for path in (out / "logs").iterdir()} == set(known)
+        assert {path.stem for path in (out / "logs").glob("*.p3d")} == set(known)
     assert "Traceback" not in said
     assert left_overs(out.parent) == []
     status, said = run(place.command(name, out), capsys)
