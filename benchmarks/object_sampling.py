@@ -115,7 +115,8 @@ def main() -> None:
         start = time.perf_counter()
         database = ObjectDatabase(made.path)
         print(f"opening it: {(time.perf_counter() - start) * 1e3:.1f} ms, {len(database)} objects")
-        sampler = open_sampler(ObjectSamplingConfig.nuscenes(f"train-{args.sweeps}sweeps"), NUSCENES_DETECTION, config)
+        config_of_objects = ObjectSamplingConfig.nuscenes(f"train-{args.sweeps}sweeps")
+        sampler = open_sampler(config_of_objects, NUSCENES_DETECTION, config, dataset)
         keys = dataset.keyframes("train")
         reading, pasting, came, points = [], [], [], 0
         for i, key in enumerate(keys[:10]):

@@ -79,7 +79,9 @@ def experiment_label_efficiency(
     ] = "scratch,town-coordinates,town-picture,town-picture-visible",
     shares: Annotated[str, typer.Option(help="Shares of the labelled scenes, by comma.")] = "0.0625,0.25,1",
     seeds: Annotated[str, typer.Option(help="Seeds, by comma.")] = "0,1,2",
-    recipe: Annotated[str, typer.Option("--recipe", help="Fine-tuning of all cells: a recipe of any task.")] = "town-segmentation",
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="Fine-tuning of all cells: a recipe of any task.")
+    ] = "town-segmentation",
     pretrain_set: Annotated[
         list[str] | None, typer.Option("--pretrain-set", metavar="KEY=VALUE", help="Change every pre-training. Repeatable.")
     ] = None,

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from picture3d.datasets.prepared import FrameKey, PreparedDataset
+from picture3d.datasets.prepared import FrameKey, LogSummary, PreparedDataset
 from picture3d.datasets.samples import DataConfig
 from picture3d.errors import DataError
 
@@ -16,29 +16,14 @@ _Item = TypeVar("_Item")
 def select_keyframes(dataset: PreparedDataset, config: DataConfig) -> list[FrameKey]:
     """The keyframes a config asks for, by log name and time.
 
-    A label share takes whole logs (of those that hold labels, if any does): the first ``max(1, round(share * logs))`` of an
-    order drawn from `label_seed`, so that shares are nested. If the split has a single log, its keyframes are taken
-    in that way instead.
+    A label share takes whole logs (of those that hold labels of the wanted kind, if any does): the first
+    ``max(1, round(share * logs))`` of an order drawn from `label_seed`, so that shares are nested. If the split has a single
+    log, its keyframes are taken in that way instead.
 
     Raises:
         DataError: if the split does not exist or holds no keyframe.
     """
-    keys = dataset.keyframes(config.split)
-    if config.labelled_only:
-        keys = [key for key in keys if _labelled(dataset, key)]
-    if config.occupancy:
-        labelled = {log: frozenset(dataset.occupancy().labelled(log)) for log in dict.fromkeys(key.log for key in keys)}
-        keys = [key for key in keys if key.index in labelled[key.log]]
-    if config.label_share < 1.0:
-        logs = sorted({key.log for key in keys})
-        logs = [log for log in logs if dataset.summary(log).labelled] or logs
-        keys = [key for key in keys if key.log in logs]
-        if len(logs) > 1:
-            chosen = set(_nested_share(logs, config))
-            keys = [key for key in keys if key.log in chosen]
-        elif keys:
-            keys = sorted(_nested_share(keys, config))
-    keys = keys[:: config.every]
+    keys = labelled_share(dataset, config)[:: config.every]
     if config.max_frames is not None and len(keys) > config.max_frames:
         keys = [keys[i] for i in np.linspace(0, len(keys) - 1, config.max_frames).round().astype(int)]
     if not keys:
@@ -49,6 +34,34 @@ def select_keyframes(dataset: PreparedDataset, config: DataConfig) -> list[Frame
             f"({', '.join(dataset.splits)}), or prepare the data with what is missing."
         )
     return keys
+
+
+def labelled_share(dataset: PreparedDataset, config: DataConfig) -> list[FrameKey]:
+    """The keyframes whose labels a config may use, by log name and time: those of `select_keyframes` and what it leaves out
+    between them (`every`, `max_frames`)."""
+    keys = list(dataset.keyframes(config.split))
+    if config.labelled_only:
+        keys = [key for key in keys if _labelled(dataset, key)]
+    if config.occupancy:
+        labelled = {log: frozenset(dataset.occupancy().labelled(log)) for log in dict.fromkeys(key.log for key in keys)}
+        keys = [key for key in keys if key.index in labelled[key.log]]
+    if config.label_share < 1.0:
+        logs = sorted({key.log for key in keys})
+        logs = [log for log in logs if _annotated(dataset.summary(log), config)] or logs
+        keys = [key for key in keys if key.log in logs]
+        if len(logs) > 1:
+            chosen = set(_nested_share(logs, config))
+            keys = [key for key in keys if key.log in chosen]
+        elif keys:
+            keys = sorted(_nested_share(keys, config))
+    return keys
+
+
+def _annotated(summary: LogSummary, config: DataConfig) -> bool:
+    """Whether a log holds labels of the kind that is trained on."""
+    if config.occupancy:  # frames without are gone
+        return True
+    return (summary.boxes if config.box_classes else summary.labelled) > 0
 
 
 def _labelled(dataset: PreparedDataset, key: FrameKey) -> bool:

@@ -118,7 +118,7 @@ def open_sources(
                 config=settings,
                 keys=tuple(keys),
                 weight=weight,
-                sampler=_sampler(dataset, settings, classes) if train else None,
+                sampler=open_sampler(settings.objects, classes, settings, dataset) if train and settings.objects else None,
                 targets=source_targets,
                 mixed=bool(config.also),
             )
@@ -175,21 +175,6 @@ class EpochOrder:
             return shuffled_rows(log_of_row, self._window, np.random.default_rng(entropy))
 
         return stream_rows(len(log_of_row), epoch * count, count, order)
-
-
-def _sampler(dataset: PreparedDataset, settings: DataConfig, classes: DetectionClasses) -> ObjectSampler | None:
-    if settings.objects is None:
-        return None
-    sampler = open_sampler(settings.objects, classes, settings)
-    database = sampler.database
-    if database.path.parent.parent == dataset.root:
-        known = set(dataset.logs())
-        if not known.issuperset(database.logs) or dataset.fingerprint_of(database.logs) != database.identity.get("fingerprint"):
-            raise DataError(
-                f"{database.path}: was cut out of other frames than {dataset.root} holds now. Run `picture3d data objects "
-                f"{dataset.root}` again."
-            )
-    return sampler
 
 
 def _each(targets: FeatureSource | Sequence[FeatureSource | None] | None, sources: int) -> Sequence[FeatureSource | None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from picture3d.datasets.detection_classes import DetectionClasses
 from picture3d.datasets.object_parts import (
     POINT_COLUMNS,
 )
-from picture3d.datasets.prepared import check_log_name
+from picture3d.datasets.prepared import FrameKey, check_log_name
 from picture3d.errors import DataError
 from picture3d.formats.remote import remote_folder
 from picture3d.structures.points import IntensityUnit
@@ -130,6 +130,13 @@ class ObjectDatabase:
     def classes(self, classes: DetectionClasses) -> NDArray[np.int64]:
         """(n,) int64: 1-based training class of each object, 0 for what no class stands for."""
         return classes.of(self.categories)[self.category] if self.categories else np.zeros(len(self), np.int64)
+
+    def cut_from(self, frames: Iterable[FrameKey]) -> NDArray[np.bool_]:
+        """(n,) bool: which objects were cut out of these keyframes."""
+        number = {log: row for row, log in enumerate(self.logs)}
+        wanted = [(number[key.log] << 32) | key.index for key in frames if key.log in number]
+        of_object = (self._columns["log"].astype(np.int64) << 32) | self._columns["frame"].astype(np.int64)
+        return np.isin(of_object, np.array(wanted, np.int64))
 
     def object(self, row: int) -> StoredObject:
         """One object; only its own bytes are touched, and checked.

@@ -7,7 +7,7 @@ keeps the place and the height at which it was annotated, in the LiDAR frame.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from picture3d.config import nearest
 from picture3d.datasets.detection_classes import DetectionClasses
+from picture3d.datasets.frame_choice import labelled_share
 from picture3d.datasets.object_database import ObjectDatabase, StoredObject
 from picture3d.datasets.object_geometry import inside_any, meet_from_above
 from picture3d.datasets.object_sampling_config import ObjectSamplingConfig
+from picture3d.datasets.prepared import FrameKey, PreparedDataset
 from picture3d.datasets.samples import DataConfig, Sample
 from picture3d.datasets.sensor_intensity import scale_intensity
 from picture3d.datasets.source_config import IntensityScale
@@ -39,7 +41,12 @@ class ObjectSampler:
     """Pastes objects; holds the database and, per class, which of its objects may be drawn. Can be sent to another process."""
 
     def __init__(
-        self, database: ObjectDatabase, config: ObjectSamplingConfig, classes: DetectionClasses, data: DataConfig
+        self,
+        database: ObjectDatabase,
+        config: ObjectSamplingConfig,
+        classes: DetectionClasses,
+        data: DataConfig,
+        labelled: Iterable[FrameKey] | None = None,
     ) -> None:
         """Finds the objects that may be drawn.
 
@@ -48,6 +55,7 @@ class ObjectSampler:
             config: how many of which.
             classes: of the head that is trained.
             data: how samples are made; an object's points get the same features.
+            labelled: keyframes whose annotations may be used; None: those of the whole database.
 
         Raises:
             ConfigError: if the config names a class the head does not have, or the database lacks what is asked for: the
@@ -74,6 +82,8 @@ class ObjectSampler:
         self._scale: IntensityScale = data.intensity_scale
         of_object = database.classes(classes)
         allowed = ~np.isin(database.difficulty, np.array(config.without_difficulties, np.int8))
+        if labelled is not None:
+            allowed &= database.cut_from(labelled)
         self.candidates: dict[int, NDArray[np.int64]] = {}  # 1-based class -> rows of the database that may be drawn
         for number, name in enumerate(classes.names, start=1):
             if config.fill_to.get(name, 0) > 0:
@@ -156,14 +166,28 @@ class ObjectSampler:
         return out
 
 
-def open_sampler(config: ObjectSamplingConfig, classes: DetectionClasses, data: DataConfig) -> ObjectSampler:
+def open_sampler(
+    config: ObjectSamplingConfig, classes: DetectionClasses, data: DataConfig, dataset: PreparedDataset
+) -> ObjectSampler:
     """The sampler for samples of `data`, its database found beside the prepared frames.
 
+    With a share of the labels (`data.label_share`) it pastes objects of the labelled keyframes only. A database that was cut
+    out of another dataset is taken whole.
+
     Raises:
-        DataError: if the database is missing or damaged.
+        DataError: if the database is missing or damaged, or `dataset` has other frames than it was cut out of.
         ConfigError: see :class:`ObjectSampler`.
     """
-    return ObjectSampler(ObjectDatabase(config.path(data.root)), config, classes, data)
+    database = ObjectDatabase(config.path(data.root))
+    if database.path.parent.parent != dataset.root:
+        return ObjectSampler(database, config, classes, data)
+    known = set(dataset.logs())
+    if not known.issuperset(database.logs) or dataset.fingerprint_of(database.logs) != database.identity.get("fingerprint"):
+        raise DataError(
+            f"{database.path}: was cut out of other frames than {dataset.root} holds now. Run `picture3d data objects "
+            f"{dataset.root}` again."
+        )
+    return ObjectSampler(database, config, classes, data, None if data.label_share == 1.0 else labelled_share(dataset, data))
 
 
 def _free(boxes: NDArray[np.float64], standing: NDArray[np.float64]) -> list[int]:

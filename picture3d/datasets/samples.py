@@ -36,7 +36,11 @@ class DataConfig(FrozenConfig):
     root: Path = Field(description="Folder of prepared frames.")
     split: str | None = Field(default="train", description="Name of a split; null takes every log.")
     label_share: float = Field(
-        default=1.0, gt=0, le=1, description="Share of the labelled logs used; a smaller share is a subset of a larger one."
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the labelled logs used; a smaller share is a subset of a larger one. Objects of the others are not "
+        "pasted.",
     )
     label_seed: int = Field(default=0, ge=0, description="Which logs a share holds.")
     every: int = Field(default=1, ge=1, description="Take every n-th keyframe of the list; 1 takes all.")

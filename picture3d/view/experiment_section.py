@@ -10,7 +10,6 @@ from picture3d.view import curves
 from picture3d.view.report_data import ExperimentView
 from picture3d.view.scene_modes import readable
 
-
 _IN_WORDS = {
     "mIoU": "Mean intersection over union",
     "mAP": "Mean average precision",

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from picture3d.datasets.detection_classes import NUSCENES_DETECTION, WAYMO_DETECTION, DetectionClasses
+from picture3d.datasets.frame_choice import labelled_share
+from picture3d.datasets.mixing import open_sources
 from picture3d.datasets.object_building import build_object_database
 from picture3d.datasets.object_database import ObjectDatabase
 from picture3d.datasets.object_sampling import ObjectSampler, open_sampler
@@ -26,13 +28,15 @@ from picture3d.structures.targets import FrameTargets
 from tests.datasets.object_scenes import box_points, boxes_of, cloud_of, frame_of, random_frame, write_scenes
 
 CAR, ADULT, TRUCK = "vehicle.car", "human.pedestrian.adult", "vehicle.truck"
+KINDS = (CAR, ADULT, TRUCK)
 CLASSES = DetectionClasses(("car", "pedestrian", "truck"))
 
 
 def sampler_of(root: Path, *, classes: DetectionClasses = CLASSES, data: dict[str, Any] | None = None, **config: Any):
     values = {"database": "train-1sweeps", "fill_to": {"car": 2}, "default_min_points": 1, **config}
     given_data = {"root": str(root), "box_classes": classes.names, **(data or {})}
-    return open_sampler(ObjectSamplingConfig.from_tree(values), classes, DataConfig.from_tree(given_data))
+    chosen = DataConfig.from_tree(given_data)
+    return open_sampler(ObjectSamplingConfig.from_tree(values), classes, chosen, PreparedDataset(root))
 
 
 def sample_of(root: Path, key: FrameKey, **data: Any) -> Sample:
@@ -158,8 +162,56 @@ def test_objects_with_few_points_or_an_unwanted_difficulty_are_not_drawn(tmp_pat
     write_scenes(tmp_path, {"library": frames, "scene": [scene]}, splits={"train": ["library"], "val": ["scene"]})
     build_object_database(tmp_path)
     data = DataConfig(root=tmp_path, box_classes=WAYMO_DETECTION.names)
-    sampler = open_sampler(ObjectSamplingConfig.waymo("train-1sweeps"), WAYMO_DETECTION, data)
+    sampler = open_sampler(ObjectSamplingConfig.waymo("train-1sweeps"), WAYMO_DETECTION, data, PreparedDataset(tmp_path))
     assert {number: rows.tolist() for number, rows in sampler.candidates.items()} == {1: [1, 2, 4], 2: [], 3: []}
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_with_a_share_of_the_labels_no_object_of_an_unlabelled_log_is_pasted(tmp_path, share):
+    logs = {
+        f"log-{i}": [random_frame(j, np.random.default_rng([i, j]), log=f"log-{i}", categories=KINDS) for j in range(2)]
+        for i in range(4)
+    }
+    write_scenes(tmp_path, logs)
+    build_object_database(tmp_path)
+    objects = {"database": "train-1sweeps", "fill_to": {"car": 4, "pedestrian": 4}, "default_min_points": 1}
+    for seed in range(3):
+        config = {
+            "root": str(tmp_path),
+            "box_classes": CLASSES.names,
+            "label_share": share,
+            "label_seed": seed,
+            "labels": False,
+        }
+        # Frames between the chosen ones are labelled, too.
+        chosen = DataConfig.from_tree({**config, "objects": objects, "max_frames": 1})
+        (source,) = open_sources(chosen, seed=0, train=True)
+        assert source.sampler is not None
+        database = source.sampler.database
+        drawn = {database.object(int(row)).log for rows in source.sampler.candidates.values() for row in rows}
+        labelled = {key.log for key in labelled_share(source.dataset, chosen)}
+        assert drawn == labelled
+        assert len(labelled) == 4 * share
+
+
+def test_the_keyframes_of_a_single_log_give_their_objects_alone(tmp_path):
+    write_scenes(tmp_path, {"log-a": [random_frame(j, np.random.default_rng(j), categories=KINDS) for j in range(6)]})
+    build_object_database(tmp_path)
+    sampler = sampler_of(tmp_path, fill_to={"car": 9, "pedestrian": 9, "truck": 9}, data={"label_share": 0.5})
+    keys = labelled_share(PreparedDataset(tmp_path), DataConfig(root=tmp_path, box_classes=CLASSES.names, label_share=0.5))
+    drawn = {sampler.database.object(int(row)).frame for rows in sampler.candidates.values() for row in rows}
+    assert drawn == {key.index for key in keys}
+    assert len(drawn) == 3
+
+
+def test_a_database_of_another_dataset_is_labelled_by_itself(tmp_path):
+    for name in ("here", "there"):
+        frames = {f"log-{i}": [random_frame(0, np.random.default_rng(i), log=f"log-{i}", categories=KINDS)] for i in range(3)}
+        write_scenes(tmp_path / name, frames)
+    path = build_object_database(tmp_path / "there").path
+    for share in (0.34, 1.0):
+        sampler = sampler_of(tmp_path / "here", database=str(path), data={"label_share": share})
+        assert sum(map(len, sampler.candidates.values())) == int((sampler.database.classes(CLASSES) == 1).sum()) > 0
 
 
 def test_old_points_of_an_object_can_be_left_out(tmp_path):

@@ -102,7 +102,7 @@ def test_merged_sweeps_thicken_what_stands_still(keyframes):
 def test_real_objects_are_pasted_into_real_frames(keyframes):
     build_object_database(keyframes.root, classes=NUSCENES_DETECTION, name="street")
     config = DataConfig(root=keyframes.root, box_classes=NUSCENES_DETECTION.names)
-    sampler = open_sampler(ObjectSamplingConfig.nuscenes("street"), NUSCENES_DETECTION, config)
+    sampler = open_sampler(ObjectSamplingConfig.nuscenes("street"), NUSCENES_DETECTION, config, keyframes)
     came = 0
     for i in range(7):
         sample = read_sample(keyframes, FrameKey("street", i), config)

@@ -291,6 +291,17 @@ def test_a_label_share_counts_labelled_logs_only(tmp_path):
         assert {key.split("/")[0] for key in keys(tmp_path, label_share=0.5, label_seed=seed)} < {f"l{i:02d}" for i in range(4)}
 
 
+def test_a_label_share_for_boxes_counts_logs_with_boxes_not_those_with_point_labels(tmp_path):
+    made = {f"l{i:02d}": [made_frame(f"l{i:02d}", 0, points=2, labels=None, boxes=None)] for i in range(6)}
+    for i in (1, 4):
+        made[f"l{i:02d}"] = [replace(box_frame(1, ["vehicle.car"], [9], [[0, 0, 0]]), log=f"l{i:02d}", index=0, labels=None)]
+    made["l05"] = [made_frame("l05", 0, points=2, boxes=None)]
+    write_made_dataset(tmp_path, made)
+    assert {key for seed in range(6) for key in keys(tmp_path, label_share=0.2, label_seed=seed)} == {"l05/0"}
+    boxes = {key for seed in range(6) for key in keys(tmp_path, label_share=0.2, label_seed=seed, box_classes=("car",))}
+    assert boxes == {"l01/0", "l04/0"}
+
+
 def test_the_keyframes_of_a_single_log_are_shared_out_instead(tmp_path):
     write_many(tmp_path, 1, frames=10)
     half, fifth = keys(tmp_path, label_share=0.5), keys(tmp_path, label_share=0.2)

@@ -270,7 +270,7 @@ def test_a_flipped_byte_sets_its_log_aside_and_the_others_go_on(three, tmp_path,
     assert f"record at byte {second} do not match their checksum" in told
     assert "1 logs are set aside" in told
     assert PreparedDataset(out).logs("train") == ("a", "c")
-    assert sorted(path.name for path in (out / "logs").iterdir()) == ["a.p3d", "c.p3d"]
+    assert sorted(path.name for path in (out / "logs").iterdir()) == ["a.p3d", "b.p3d.damaged", "c.p3d"]
     damaged.write_bytes(whole)
     assert call(monkeypatch, "prepare", "waymo", three, out) == 0
     assert "3 logs (1 made now)" in capsys.readouterr().out
