@@ -39,8 +39,8 @@ class DataConfig(FrozenConfig):
         default=1.0,
         gt=0,
         le=1,
-        description="Share of the labelled logs used; a smaller share is a subset of a larger one. Objects of the others are not "
-        "pasted.",
+        description="Share of the labelled logs used; a smaller share is a subset of a larger one. Objects of others "
+        "are not pasted.",
     )
     label_seed: int = Field(default=0, ge=0, description="Which logs a share holds.")
     every: int = Field(default=1, ge=1, description="Take every n-th keyframe of the list; 1 takes all.")
