@@ -1,7 +1,7 @@
 """What pre-training is worth on the synthetic town, in runs of a minute or two: labels, masks, targets, encoders.
 
-    python benchmarks/evidence.py labels|labels-random|masks|targets|probes --work FOLDER [--budget SECONDS] [--seeds 0,1,2]
-        [--only TEXT]
+    python benchmarks/evidence.py labels|labels-random|labels-detection|labels-occupancy|masks|targets|probes --work FOLDER
+        [--budget SECONDS] [--seeds 0,1,2] [--only TEXT]
     python benchmarks/evidence.py bounds|hidden --work FOLDER
     python benchmarks/evidence.py show
 
@@ -12,6 +12,8 @@ FOLDER and may be thrown away. No new row is begun after `--budget` seconds.
     labels   mIoU of fine-tuning from scratch, coordinates, features, PICTURE, GPICTURE, PICTURE with visible voxels told, and
              those told alone, at 1/16, 1/4 and all labels; probes
     labels-random  the same of the two PICTUREs with random masks of 60 %, at 1/16
+    labels-detection  mAP of detectors from the encoders of `labels`, at 1/16 and 1/4 of the labels
+    labels-occupancy  mIoU of occupancy networks from them, at 1/16
     masks    probes of PICTURE with random, block and I2Mask masks (literal, default) at 20, 40, 60, 75 % hidden
     targets  probes of PICTURE with the town teacher at loss weights 1:0, 1:1, 1:3, 0:1, hand-crafted features, self-teacher;
              and with features whitened, told of visible voxels, both, and nothing hidden
@@ -42,11 +44,13 @@ from picture3d.commands import data as data_commands
 from picture3d.commands.build import build_targets, training_batches
 from picture3d.commands.experiment import Plan, label_efficiency_experiment
 from picture3d.commands.experiment_page import SCRATCH, read_cells
-from picture3d.commands.prepare import prepare_nuscenes
+from picture3d.commands.prepare import prepare_nuscenes, prepare_occupancy
 from picture3d.commands.probe import probe
 from picture3d.commands.score import aligned
 from picture3d.commands.train import run_pretraining
+from picture3d.datasets.detection_classes import NUSCENES_DETECTION
 from picture3d.datasets.label_sets import NUSCENES_16
+from picture3d.datasets.object_building import build_object_database
 from picture3d.evaluation.label_efficiency import CellScore, label_efficiency, markdown_table
 from picture3d.files import read_json_object, write_json
 from picture3d.ops.scatter import segment_mean
@@ -77,6 +81,16 @@ NETWORK = (
 )
 PRETRAIN = (*NETWORK, "training.max_steps=1500", "training.optim.peak_lr=3e-3")
 FINETUNE = (*NETWORK, "task.head_channels=32", "training.max_steps=1000", "training.optim.peak_lr=5e-3")
+# A single sweep, as the encoders saw them, and cells of 0.8 m in the map.
+DETECT = (
+    *NETWORK,
+    "data.sweeps=1",
+    'data.features=["intensity"]',
+    "data.objects.database=train-1sweeps",
+    "task.bev.strides=[1,2]",
+    "training.max_steps=1000",
+)
+OCCUPY = (*NETWORK, "task.strides=[1,2]", "task.channels=[32,32]", "training.max_steps=400")
 # Parts that only choose by the probe take half the steps.
 PROBED = (*NETWORK, "training.max_steps=750", "training.optim.peak_lr=3e-3")
 METHODS = (
@@ -88,6 +102,7 @@ METHODS = (
     "town-picture-visible",
     "town-distillation",
 )
+OTHER_TASKS = (SCRATCH, "town-coordinates", "town-picture", "town-picture-visible")
 REAL_METHODS = (SCRATCH, "coordinates", "picture", "picture-visible")  # of real_keyframes.py: town-* recipes
 LABELS = "labels"  # the folder of the main table; others, of earlier settings, begin with the same word
 SHARES = (0.0625, 0.25, 1.0)
@@ -144,8 +159,8 @@ def probed_rows(part: str) -> list[ProbedRow]:
     return [ProbedRow(part, name, recipe, settings) for name, (recipe, settings) in _TARGETS.items()]
 
 
-def make_data(work: Path, teachers: tuple[str, ...]) -> Path:
-    """Towns, prepared frames, what teachers say of them; what is there stays."""
+def make_data(work: Path, teachers: tuple[str, ...], part: str) -> Path:
+    """Towns, prepared frames, what teachers say of them and what the part needs besides; what is there stays."""
     raw, prepared = work / "raw", work / "prepared"
     if not (prepared / "dataset.json").is_file():
         data_commands.synth(raw, version="v1.0-mini", processes=1, **TOWNS)  # pyright: ignore[reportArgumentType]
@@ -154,6 +169,11 @@ def make_data(work: Path, teachers: tuple[str, ...]) -> Path:
         if not (prepared / "targets" / teacher / "teacher.json").is_file():
             settings: dict[str, Any] = {"weights": None, "superclasses": 8, "seed": 0, "device": "cpu", "threads": 1}
             data_commands.targets(prepared, teacher=teacher, **settings)
+    if part == "labels-detection" and not (prepared / "objects" / "train-1sweeps.objects").is_file():
+        build_object_database(prepared, sweeps=1, classes=NUSCENES_DETECTION)
+    if part == "labels-occupancy" and not (prepared / "occupancy" / "occupancy.json").is_file():
+        data_commands.synth(raw, version="v1.0-mini", processes=1, occupancy=True, **TOWNS)  # pyright: ignore[reportArgumentType]
+        prepare_occupancy(raw, prepared)
     return prepared
 
 
@@ -179,12 +199,25 @@ class LabelTable:
     methods: tuple[str, ...] = METHODS
     shares: tuple[float, ...] = SHARES
     pretrain_set: tuple[str, ...] = PRETRAIN
+    finetuning: str = "town-segmentation"
+    finetune_set: tuple[str, ...] = FINETUNE
+    probe_share: float | None = None
 
 
 LABEL_TABLES = {
-    "labels": LabelTable(LABELS),
+    "labels": LabelTable(LABELS, probe_share=PROBE_SHARE),
     "labels-random": LabelTable(
-        f"{LABELS}_random_0.6", ("town-picture", "town-picture-visible"), SHARES[:1], (*PRETRAIN, *_RANDOM_60)
+        f"{LABELS}_random_0.6",
+        ("town-picture", "town-picture-visible"),
+        SHARES[:1],
+        (*PRETRAIN, *_RANDOM_60),
+        probe_share=PROBE_SHARE,
+    ),
+    "labels-detection": LabelTable(
+        f"{LABELS}_detection", OTHER_TASKS, SHARES[:2], finetuning="town-detection", finetune_set=DETECT
+    ),
+    "labels-occupancy": LabelTable(
+        f"{LABELS}_occupancy", OTHER_TASKS, SHARES[:1], finetuning="town-occupancy", finetune_set=OCCUPY
     ),
 }
 
@@ -195,8 +228,13 @@ def label_rows(table: LabelTable, data: Path, work: Path, seeds: tuple[int, ...]
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     for path in [*kept.glob("cells/*.json"), *kept.glob("experiment.json")]:
         shutil.copy(path, folder / path.relative_to(kept))
-    common: dict[str, Any] = {"data": data, "finetune_set": FINETUNE, "probe_share": PROBE_SHARE}
-    common |= {"encoders": ENCODERS, "pretrain_set": table.pretrain_set}
+    common: dict[str, Any] = {"data": data, "encoders": ENCODERS, "probe_share": table.probe_share}
+    common |= {"finetuning": table.finetuning, "finetune_set": table.finetune_set, "pretrain_set": table.pretrain_set}
+    if table.pretrain_set == PRETRAIN:  # one encoder serves all tasks
+        (folder / "runs").mkdir(exist_ok=True)
+        for run in (work / LABELS).glob("runs/pretrain-*"):
+            if not (folder / "runs" / run.name).exists():
+                (folder / "runs" / run.name).symlink_to(run.resolve())
 
     def do(plan: Plan) -> None:
         label_efficiency_experiment(plan, folder, device="cpu", threads=1, as_json=True)
@@ -363,7 +401,7 @@ def show() -> None:
         methods, cells = read_cells(folder, METHODS)
         common = read_json_object(folder / "experiment.json", max_bytes=1 << 20)
         print(f"\n{folder.name}: pre-training {common['pretrain_set'][-2:]}, fine-tuning {common['finetune_set'][-2:]}")
-        print(markdown_table(label_efficiency([cell for cell, _ in cells], methods), measure="mIoU"))
+        print(markdown_table(label_efficiency([cell for cell, _ in cells], methods), measure=cells[0][1]["measure"]))
     for folder in sorted(ROWS.glob("real*")):
         print(f"\n{folder.name}\n{real_table(folder)}")
     for part in ("probes", "masks", "targets"):
@@ -389,7 +427,7 @@ def main() -> None:
         show()
         return
     begin = time.monotonic()
-    data = make_data(args.work, ("town", "handcrafted") if args.part == "targets" else ("town",))
+    data = make_data(args.work, ("town", "handcrafted") if args.part == "targets" else ("town",), args.part)
     seeds = tuple(int(seed) for seed in args.seeds.split(","))
     match args.part:
         case "bounds":
@@ -398,8 +436,8 @@ def main() -> None:
         case "hidden":
             print(hidden(data))
             return
-        case "labels" | "labels-random":
-            rows = label_rows(LABEL_TABLES[args.part], data, args.work, seeds)
+        case part if part in LABEL_TABLES:
+            rows = label_rows(LABEL_TABLES[part], data, args.work, seeds)
         case "probes":
             rows = frozen_rows(data, args.work, seeds)
         case part:

@@ -28,7 +28,7 @@ from picture3d.errors import ConfigError, DataError
 from picture3d.evaluation.label_efficiency import label_efficiency, markdown_table
 from picture3d.files import read_json_object, sole_writer, write_json, write_text
 from picture3d.recipes.catalogue import TaskConfig, finetuning_recipe, pretraining_recipe
-from picture3d.recipes.configs import PretrainConfig
+from picture3d.recipes.configs import GridConfig, PretrainConfig
 from picture3d.training.runlog import RunFolder, duration
 from picture3d.view.report import render_report
 
@@ -190,7 +190,7 @@ def _check(plan: Plan) -> None:
         config = plan.pretraining(method, plan.seeds[0])
         pairs = {
             "encoder": (config.encoder, tuning.encoder),
-            "grid": (config.grid, tuning.grid),
+            "grid": (_cells(config.grid), _cells(tuning.grid)),
             "data.features": (config.data.features, tuning.data.features),
             "data.intensity_scale": (config.data.intensity_scale, tuning.data.intensity_scale),
         }
@@ -200,6 +200,11 @@ def _check(plan: Plan) -> None:
                 f"{method} and {plan.finetuning} differ in {', '.join(different)}: their backbones cannot be compared. Choose "
                 f"recipes for one encoder, or set the same values with --pretrain-set and --finetune-set."
             )
+
+
+def _cells(grid: GridConfig) -> object:
+    """What an encoder knows of a grid: the size of its cells, unless they lie around the sensor; not how far it reaches."""
+    return grid if grid.cylinder else (grid.voxel_size, grid.pillars)
 
 
 def _check_same(path: Path, plan: Plan) -> None:

@@ -124,35 +124,25 @@ def test_scores_are_those_of_the_run_folders(out: Path):
         assert (row["measure"], row["score"], row["by_class"]) == ("mIoU", kept["miou"], kept["iou"])
 
 
-# Whose encoder has the grid, and the columns of points, of a detector and of an occupancy network.
+# One sweep, as the encoders are pre-trained; an occupancy network looks further than they do.
 _DETECTION = ("data.sweeps=1", 'data.features=["intensity"]', "data.objects=null", "task.bev.blocks=[0,0]")
 _OCCUPANCY = ("grid.voxel_size=[0.8,0.8,1.0]", "task.strides=[1,2]", "task.blocks=[0,0]", "task.channels=[16,16]")
-_FAR = ("grid.range_min=[-51.2,-51.2,-5.0]", "grid.range_max=[51.2,51.2,3.0]")
-_FAR_DATA = ("data.range_min=[-51.2,-51.2,-5.0]", "data.range_max=[51.2,51.2,3.0]")
 
 
 @pytest.mark.parametrize(
-    ("recipe", "measure", "score", "classes", "pretraining", "finetuning"),
+    ("recipe", "measure", "score", "classes", "settings"),
     [
-        ("town-detection", "mAP", "mean_ap", "mean_dist_aps", (), _DETECTION),
-        ("town-occupancy", "mIoU", "miou", "iou", (*_FAR, *_FAR_DATA), _OCCUPANCY),
+        ("town-detection", "mAP", "mean_ap", "mean_dist_aps", _DETECTION),
+        ("town-occupancy", "mIoU", "miou", "iou", _OCCUPANCY),
     ],
 )
 def test_every_task_can_be_compared_by_its_own_measure(
-    data: Path,
-    tmp_path: Path,
-    recipe: str,
-    measure: str,
-    score: str,
-    classes: str,
-    pretraining: tuple[str, ...],
-    finetuning: tuple[str, ...],
+    data: Path, tmp_path: Path, recipe: str, measure: str, score: str, classes: str, settings: tuple[str, ...]
 ):
-    more = [*words(data, tmp_path / "x", methods="scratch,town-coordinates", shares="0.5", seeds="0", recipe=recipe)]
-    for name, settings in (("--pretrain-set", pretraining), ("--finetune-set", finetuning)):
-        for setting in settings:
-            more += [name, setting]
-    table = do(*more)
+    given = words(data, tmp_path / "x", methods="scratch,town-coordinates", shares="0.5", seeds="0", recipe=recipe)
+    for setting in settings:
+        given += ["--finetune-set", setting]
+    table = do(*given)
     assert f"{measure}, %" in table
     for method in ("scratch", "town-coordinates"):
         row = json.loads((tmp_path / "x" / "cells" / f"{method}_0.5_0.json").read_text())
