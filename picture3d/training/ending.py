@@ -14,7 +14,7 @@ _LOOK_S, _CONNECT_S = 0.1, 30.0
 
 @contextmanager
 def ending_together(share: tuple[int, int]) -> Iterator[None]:
-    """Leaves the block, also with an error of ours, when every process of the job has come to its end, however long that takes.
+    """Leaves the block, also with an error that is told the user, when every process has come to its end, however long it takes.
 
     torchrun ends all processes as soon as one ends with an error, and one machine waits for the next five minutes only. It also
     ends those that wait here if one dies without a word. Without torchrun nothing is awaited.
@@ -28,7 +28,7 @@ def ending_together(share: tuple[int, int]) -> Iterator[None]:
         return
     try:
         yield
-    except Picture3dError:
+    except (Picture3dError, OSError):
         _await_all(rank, world)
         raise
     _await_all(rank, world)

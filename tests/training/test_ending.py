@@ -33,14 +33,15 @@ def waits(*futures: Future[int]) -> bool:
     return not settled(futures, timeout=0.5).done
 
 
-def test_an_error_leaves_the_block_after_the_slowest_process_has_come_to_its_end(store):
+@pytest.mark.parametrize("error", [DataError("a.raw: cut off"), OSError("a.raw: cut off")])
+def test_an_error_leaves_the_block_after_the_slowest_process_has_come_to_its_end(store, error):
     with ThreadPoolExecutor(3) as pool:
-        failed = pool.submit(end, 0, 3, DataError("a.raw: cut off"))
+        failed = pool.submit(end, 0, 3, error)
         well = pool.submit(end, 2, 3)
         assert waits(failed, well)
         assert pool.submit(end, 1, 3).result(timeout=30) == 1
         assert well.result(timeout=30) == 2
-        with pytest.raises(DataError, match=r"a\.raw: cut off"):
+        with pytest.raises(type(error), match=r"a\.raw: cut off"):
             failed.result(timeout=30)
 
 
