@@ -60,6 +60,7 @@ from picture3d.pretrain.masking import MaskConfig, choose_hidden
 from picture3d.pretrain.targets import voxel_targets
 from picture3d.recipes.catalogue import pretraining_recipe
 from picture3d.recipes.configs import PretrainConfig
+from picture3d.recipes.town import SMALL_TOWN
 from picture3d.tasks.probe import voxel_labels
 from picture3d.training.runlog import describe_environment
 
@@ -68,17 +69,7 @@ ROWS = Path(__file__).parent / "evidence"
 # Towns 70000 to 70039; the teacher's begin at 1,000,000.
 TOWNS = {"scenes": 40, "keyframes": 6, "sweeps_per_keyframe": 0, "val_scenes": 8, "seed": 7}
 
-# Coarser voxels and half the width of the town recipes: two steps in the time of one.
-NETWORK = (
-    "grid.voxel_size=[0.8,0.8,1.0]",
-    "encoder.channels=32",
-    "encoder.ffn_channels=64",
-    "encoder.windows=[[12,12,8],[12,12,1]]",
-    "encoder.strides=[[1,1,8]]",
-    "encoder.point_inputs=unit",
-    "training.batch_size=1",
-    "training.checkpoint_every=500",
-)
+NETWORK = (*SMALL_TOWN, "encoder.point_inputs=unit", "training.batch_size=1", "training.checkpoint_every=500")
 PRETRAIN = (*NETWORK, "training.max_steps=1500", "training.optim.peak_lr=3e-3")
 FINETUNE = (*NETWORK, "task.head_channels=32", "training.max_steps=1000", "training.optim.peak_lr=5e-3")
 # A single sweep, as the encoders saw them, and cells of 0.8 m in the map.

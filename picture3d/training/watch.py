@@ -18,14 +18,18 @@ _BEAT_S = 2.0
 _MEET_S = 0.1
 
 
-def job_store(timeout_s: float) -> tuple[TCPStore, str]:
+def job_store(timeout_s: float, *, hosts: bool = False) -> tuple[TCPStore, str]:
     """A connection of one's own to the job's store (the job's is locked while somebody waits on it), and what keys begin with.
+
+    Args:
+        timeout_s: how long to look for it.
+        hosts: whether this process is to make it.
 
     Raises:
         RuntimeError: if it is not there.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    store = TCPStore(address, port, is_master=hosts, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
     return store, f"picture3d/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 

@@ -256,7 +256,7 @@ def test_the_tiny_demo_ends_with_a_summary_and_a_second_one_returns_at_once(tmp_
     first = do("demo", "--tiny", "--out", out)
     summary = json.loads((out / "summary.json").read_text())
     assert {"seconds", "scores", "report"} <= set(summary)
-    assert list(summary["scores"]) == ["scratch", "coordinates", "picture"]
+    assert list(summary["scores"]) == ["scratch", "coordinates", "picture", "picture-visible"]
     assert all(0 <= score["miou"] <= 1 for score in summary["scores"].values())
     assert Path(summary["report"]).is_file()
     assert summary["report"] in first
