@@ -15,6 +15,7 @@ kind                   level    meaning
 ``pose-jump``          warning  the car would have moved faster than 70 m/s between two sweeps
 ``frame-empty``        warning  a frame without points
 ``labels-partly``      warning  some keyframes of a log have labels and others have none
+``set-aside``          warning  a log was left out when the data were prepared: its raw files could not be read
 ``stray-file``         warning  a file in the folder that belongs to nothing
 =====================  =======  =============================================================================================
 
@@ -32,8 +33,9 @@ from typing import Any, Literal
 import numpy as np
 
 from picture3d.datasets.label_sets import LabelSet
-from picture3d.datasets.prepared import PreparedDataset, log_path
+from picture3d.datasets.prepared import SET_ASIDE_SUFFIX, PreparedDataset, log_path
 from picture3d.errors import DataError
+from picture3d.files import read_json_object
 from picture3d.formats.remote import remote_url
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.frame import Frame
@@ -41,6 +43,7 @@ from picture3d.structures.frame import Frame
 MAX_SPEED_M_S = 70.0
 MAX_BOX_SIDE_M = 60.0
 MAX_BOX_DISTANCE_M = 500.0
+_MAX_NOTE_BYTES = 1 << 20
 _NAMED = 3  # frames that a finding names; the others are counted
 
 Level = Literal["error", "warning"]
@@ -100,7 +103,7 @@ def check_prepared(root: Path, *, progress: ProgressCallback | None = None) -> C
     if remote_url(root) is not None:
         raise DataError(f"{root}: frames elsewhere are checked as they are fetched, not before. Name a folder of this machine")
     dataset = PreparedDataset(root)
-    findings = [*_splits(dataset), *_strays(dataset)]
+    findings = [*_splits(dataset), *_set_aside(dataset), *_strays(dataset)]
     tally = Tally()
     logs = dataset.logs()
     total = sum(dataset.summary(log).frames for log in logs)
@@ -244,10 +247,20 @@ def _splits(dataset: PreparedDataset) -> Iterator[Finding]:
             home[log] = split
 
 
+def _set_aside(dataset: PreparedDataset) -> Iterator[Finding]:
+    for path in sorted((dataset.root / "logs").glob(f"*{SET_ASIDE_SUFFIX}")):
+        try:
+            why = str(read_json_object(path, max_bytes=_MAX_NOTE_BYTES).get("why"))
+        except DataError as error:
+            why = str(error)
+        yield Finding("warning", "set-aside", path.name.removesuffix(SET_ASIDE_SUFFIX), why)
+
+
 def _strays(dataset: PreparedDataset) -> Iterator[Finding]:
     folder = dataset.root / "logs"
     known = {log_path(dataset.root, log) for log in dataset.logs()}
-    strays = sorted(path.name for path in folder.iterdir() if path not in known) if folder.is_dir() else []
+    others = sorted(path.name for path in folder.iterdir() if path not in known) if folder.is_dir() else []
+    strays = [name for name in others if not name.endswith(SET_ASIDE_SUFFIX)]
     if strays:
         named = ", ".join(strays[:_NAMED]) + (", ..." if len(strays) > _NAMED else "")
         yield Finding("warning", "stray-file", str(folder), f"{named}: not listed in dataset.json", len(strays))

@@ -32,11 +32,13 @@ __all__ = [
     "finished_log",
     "log_path",
     "open_for_writing",
+    "set_aside_path",
     "summarise",
     "write_dataset",
 ]
 
 _FORMAT = "picture3d-prepared"
+SET_ASIDE_SUFFIX = ".p3d.damaged"
 _MAX_DATASET_JSON = 1 << 28
 _OPEN_LOGS = 32
 _OPEN_REMOTE_LOGS = 8
@@ -238,6 +240,11 @@ class PreparedDataset:
 def log_path(root: Path, log: str) -> Path:
     """Where the file of a log is."""
     return root / "logs" / f"{check_log_name(log)}.p3d"
+
+
+def set_aside_path(root: Path, log: str) -> Path:
+    """Where it says why a log is not there: JSON, "why". The file goes when the log is made."""
+    return root / "logs" / f"{check_log_name(log)}{SET_ASIDE_SUFFIX}"
 
 
 def open_for_writing(root: Path) -> None:

@@ -22,6 +22,7 @@ from picture3d.datasets.prepared import (
     finished_log,
     log_path,
     open_for_writing,
+    set_aside_path,
     summarise,
     write_dataset,
 )
@@ -97,7 +98,7 @@ def write_logs(
     for plan in plans:
         summary = finished_log(out, plan.header)
         if summary is None:
-            _note_path(out, plan).unlink(missing_ok=True)
+            set_aside_path(out, plan.header.log).unlink(missing_ok=True)
             waiting.append(plan)
         else:
             logs[plan.header.log] = summary
@@ -113,7 +114,7 @@ def write_logs(
         if isinstance(summary, DataError):
             set_aside[log] = f"log {log} is set aside: {summary}"
             log_path(out, log).unlink(missing_ok=True)  # made of what the raw files were before
-            write_json(_note_path(out, plan), {"why": str(summary)})
+            write_json(set_aside_path(out, log), {"why": str(summary)})
         else:
             logs[log] = summary
             made += 1
@@ -155,15 +156,9 @@ def _outcomes(out: Path, plans: Sequence[LogPlan]) -> dict[str, LogSummary | Non
     found: dict[str, LogSummary | None] = {}
     for plan in plans:
         summary = finished_log(out, plan.header)
-        if summary is not None or _note_path(out, plan).exists():
+        if summary is not None or set_aside_path(out, plan.header.log).exists():
             found[plan.header.log] = summary
     return found
-
-
-def _note_path(out: Path, plan: LogPlan) -> Path:
-    """Where it says why a log is set aside."""
-    path = log_path(out, plan.header.log)
-    return path.with_name(f"{path.name}.damaged")
 
 
 # The summary of a log, or why its raw data could not be read; and how many points were not finite.

@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 
 from picture3d.cli import app
 from picture3d.commands.inspect import check
-from picture3d.datasets.check import CheckReport, check_prepared
+from picture3d.datasets.check import CheckReport, Finding, check_prepared
 from picture3d.datasets.check_nuscenes import check_raw_nuscenes
+from picture3d.datasets.prepared import LogHeader, set_aside_path
+from picture3d.datasets.preparing import LogPlan, damaged_plan, write_logs
 from picture3d.errors import DataError
 from picture3d.structures.boxes import Boxes
 from picture3d.structures.poses import Pose
@@ -63,6 +65,21 @@ def test_a_missing_log_is_an_error_and_a_stray_file_a_warning(tmp_path):
     assert kinds(report) == {"stray-file": 1, "damaged": 1}
     assert not report.sound
     assert report.counts["frames"] == 1
+
+
+def test_a_log_that_was_set_aside_is_told_with_its_reason(tmp_path):
+    plans = [
+        LogPlan(LogHeader("log-a", "made", "nuscenes-32"), 1, lambda: iter([(steady(0), 0)])),
+        damaged_plan(LogHeader("log-b", "made", "nuscenes-32"), DataError("b.raw: cut off at byte 7")),
+    ]
+    splits = {"train": ["log-a", "log-b"]}
+    write_logs(tmp_path, plans, name="made", label_set_name="nuscenes-32", splits=splits)
+    report = check_prepared(tmp_path)
+    assert report.findings == (Finding("warning", "set-aside", "log-b", "b.raw: cut off at byte 7"),)
+    assert report.sound
+    set_aside_path(tmp_path, "log-b").write_text("{")
+    (finding,) = check_prepared(tmp_path).findings
+    assert (finding.kind, "not JSON" in finding.what) == ("set-aside", True)
 
 
 def test_times_that_stand_still_or_run_backwards_and_poses_that_jump_are_named(tmp_path):
