@@ -81,12 +81,13 @@ def _verdict(view: ExperimentView) -> str:
 
 
 def _curve(view: ExperimentView, colors: Mapping[str, str]) -> str:
+    if len(view.frames) < 2:  # one point is no curve: the table says it
+        return ""
     key = "".join(f'<li><i style="background:{colors[method]}"></i>{escape(method)}</li>' for method in view.methods)
     bars = "Bars are 95 % intervals of the mean. " if any(row.score.interval is not None for row in view.rows) else ""
     return (
         f'<figure><div class="experiment">{efficiency_chart(view, colors)}</div><ul class="legend">{key}</ul>'
-        f"<figcaption>{_IN_WORDS.get(view.measure, view.measure)}, per cent, of fine-tuned networks on scenes that no training "
-        f"saw. {bars}"
+        f"<figcaption>{view.measure}, per cent, of fine-tuned networks on scenes that no training saw. {bars}"
         "The axis of keyframes is logarithmic.</figcaption></figure>"
     )
 
@@ -117,9 +118,9 @@ def _table(view: ExperimentView, colors: Mapping[str, str]) -> str:
     return (
         '<div class="scroll"><table class="classes efficiency"><thead><tr><th scope="col">method</th>'
         f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        "<p><small>Spread: standard deviation over seeds. A gain is the mean over seeds of the difference of two cells "
-        "that share their seed, and so their labelled scenes and the first weights of the head; its interval is that of these "
-        "differences.</small></p>"
+        f"<p><small>{_IN_WORDS.get(view.measure, view.measure)}, per cent. Spread: standard deviation over seeds. A gain is "
+        "the mean over seeds of the difference of two cells that share their seed, and so their labelled scenes and the first "
+        "weights of the head; its interval is that of these differences.</small></p>"
     )
 
 
