@@ -188,7 +188,7 @@ def contents(folder: Path) -> dict[str, str]:
             trees = [json.loads(line) for line in (data.splitlines() if path.suffix == ".jsonl" else [data])]
             data = json.dumps([_timeless(tree, folder) for tree in trees]).encode()
         if path.suffix == ".html" and (folder / "experiment.json").exists():  # it draws what each cell took
-            data = re.sub(rb"(left|width):[0-9.]+%|[0-9.]+ (s|min)\b|<td>[0-9]+</td>", b"", data)
+            data = re.sub(rb'(left|width):[0-9.]+%|[0-9.]+ (s|min)\b|<td class="num">[0-9]+</td>', b"", data)
         if path.suffix == ".safetensors":
             checkpoint = load_checkpoint(path)
             data = json.dumps(_timeless(checkpoint.meta, folder)).encode()
