@@ -12,7 +12,7 @@ FOLDER and may be thrown away. No new row is begun after `--budget` seconds.
     labels   mIoU of fine-tuning from scratch, coordinates, features, PICTURE, GPICTURE, PICTURE with visible voxels told, and
              those told alone, at 1/16, 1/4 and all labels; probes
     labels-random  the same of the two PICTUREs with random masks of 60 %, at 1/16
-    labels-detection  mAP of detectors from the encoders of `labels`, at 1/16 and 1/4 of the labels
+    labels-detection  mAP of detectors from the encoders of `labels`, at 1/16 of the labels
     labels-occupancy  mIoU of occupancy networks from them, at 1/16
     masks    probes of PICTURE with random, block and I2Mask masks (literal, default) at 20, 40, 60, 75 % hidden
     targets  probes of PICTURE with the town teacher at loss weights 1:0, 1:1, 1:3, 0:1, hand-crafted features, self-teacher;
@@ -205,7 +205,7 @@ LABEL_TABLES = {
         probe_share=PROBE_SHARE,
     ),
     "labels-detection": LabelTable(
-        f"{LABELS}_detection", OTHER_TASKS, SHARES[:2], finetuning="town-detection", finetune_set=DETECT
+        f"{LABELS}_detection", OTHER_TASKS, SHARES[:1], finetuning="town-detection", finetune_set=DETECT
     ),
     "labels-occupancy": LabelTable(
         f"{LABELS}_occupancy", OTHER_TASKS, SHARES[:1], finetuning="town-occupancy", finetune_set=OCCUPY

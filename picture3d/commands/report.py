@@ -22,6 +22,7 @@ from picture3d.datasets.samples import load_sample
 from picture3d.errors import DataError
 from picture3d.files import read_json_object
 from picture3d.ops.voxelize import assign_voxels
+from picture3d.pretrain.losses import LossConfig
 from picture3d.pretrain.picture import PretrainTask
 from picture3d.recipes.catalogue import RunConfig
 from picture3d.recipes.configs import DetectionConfig, OccupancyConfig, PretrainConfig, SegmentationConfig
@@ -150,10 +151,20 @@ def _scores(runs: list[Run]) -> dict[str, RunScores]:
 def _pretrained_on(runs: list[Run], source: Path) -> str:
     for run in runs:
         if run.folder.path.resolve() == source.resolve() and isinstance(run.config, PretrainConfig):
-            loss = run.config.loss
-            parts = [("points", loss.coordinates_weight > 0), ("teacher features", loss.teaches_features)]
-            return "pre-trained on " + " and ".join(name for name, taught in parts if taught)
+            return f"pre-trained on {taught(run.config.loss)}"
     return f"encoder of {source.name}"
+
+
+def taught(loss: LossConfig) -> str:
+    """What a pre-training asks of its encoder, in words."""
+    hidden, visible = loss.features_weight > 0, loss.visible_features_weight > 0
+    features = {
+        (True, True): "teacher features, of visible voxels too",
+        (True, False): "teacher features",
+        (False, True): "teacher features of visible voxels",
+    }
+    parts = ["points"] if loss.coordinates_weight > 0 else []
+    return " and ".join([*parts, *([features[hidden, visible]] if hidden or visible else [])])
 
 
 def _short(name: str) -> str:

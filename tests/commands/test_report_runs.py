@@ -47,3 +47,17 @@ def test_a_file_larger_than_scores_can_be_is_not_read(tmp_path):
         file.truncate(1 << 40)
     with pytest.raises(DataError, match=r"evaluation_val\.json: more than the"):
         report._scores(report.find_runs(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("town-coordinates", "points"),
+        ("town-features", "teacher features"),
+        ("town-picture", "points and teacher features"),
+        ("town-picture-visible", "points and teacher features, of visible voxels too"),
+        ("town-distillation", "teacher features of visible voxels"),
+    ],
+)
+def test_a_pretraining_is_described_by_what_it_asks(tmp_path, recipe, words):
+    assert report.taught(pretraining_recipe(recipe, tmp_path).loss) == words
