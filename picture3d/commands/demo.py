@@ -51,8 +51,8 @@ class Size:
     val_scenes: int = 4
     keyframes: int = 6
     sweeps_per_keyframe: int = 1
-    pretrain_steps: int = 400
-    finetune_steps: int = 240
+    pretrain_steps: int = 500
+    finetune_steps: int = 300
     label_share: float = 0.15
 
 
